@@ -1,0 +1,95 @@
+"""Calls of SQL functions by name, from a pool (async, for the door) or on one connection (the command line)."""
+
+import json
+from typing import Any
+
+from psycopg import AsyncConnection, Connection, sql
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+Row = dict[str, Any]
+SCHEMA = "credits"
+
+
+def statement(function: str, arguments: dict[str, Any]) -> tuple[sql.Composed, dict[str, Any]]:
+    """`select * from credits.f(a => %(a)s, …)` and its parameters; dicts and lists of dicts travel as jsonb."""
+    query = sql.SQL("select * from {}({})").format(
+        sql.Identifier(SCHEMA, function),
+        sql.SQL(", ").join(
+            sql.SQL("{} => {}").format(sql.Identifier(name), sql.Placeholder(name)) for name in arguments
+        ),
+    )
+    return query, {name: Jsonb(value) if _is_json(value) else value for name, value in arguments.items()}
+
+
+def _is_json(value: object) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, dict) for one in value))
+
+
+def call(conn: Connection[Any], function: str, **arguments: Any) -> list[Row]:
+    """Call credits.<function> with named arguments in the connection's transaction; returns its rows as dicts."""
+    query, parameters = statement(function, arguments)
+    with conn.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(query, parameters).fetchall()
+
+
+class Database:
+    """The door's pool. It opens without a database and comes back by itself when the database does."""
+
+    def __init__(self, dsn: str, *, role: str = "", size: int = 10, wait: float = 5.0) -> None:
+        self._role = role
+        self._pool: AsyncConnectionPool[AsyncConnection[DictRow]] = AsyncConnectionPool(
+            dsn,
+            # Neither prepared statements nor session state: both break behind a pooler in transaction mode.
+            kwargs={"row_factory": dict_row, "prepare_threshold": None, "connect_timeout": 5},
+            min_size=0,
+            max_size=size,
+            timeout=wait,
+            reconnect_timeout=wait,  # then the next request tries anew, not a back-off that has grown long
+            check=AsyncConnectionPool.check_connection,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        """Start the pool's workers; needs no database."""
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.close()
+
+    async def call(self, function: str, **arguments: Any) -> list[Row]:
+        """Call credits.<function> in a transaction of its own; when this returns, it is committed.
+
+        Raises psycopg.Error (its sqlstate PTnnn is ours) or psycopg_pool.PoolTimeout.
+        """
+        query, parameters = statement(function, arguments)
+        async with self._pool.connection() as conn:
+            if self._role:
+                await conn.execute("select set_config('role', %s, true)", [self._role])
+            cursor = await conn.execute(query, parameters)
+            return await cursor.fetchall()
+
+    async def ready(self) -> str | None:
+        """None, or what keeps this process from doing its work."""
+        async with self._pool.connection() as conn:
+            if self._role:
+                await conn.execute("select set_config('role', %s, true)", [self._role])
+            row = await (
+                await conn.execute(
+                    "select to_regprocedure('credits.receive_stripe_event(text, text)') as installed,"
+                    " has_schema_privilege('credits', 'usage') as allowed where to_regnamespace('credits') is not null"
+                )
+            ).fetchone()
+        if not row or (row["allowed"] and not row["installed"]):
+            return "the schema is not there; run: pgcredits migrate"
+        return None if row["allowed"] else "this login may not use the schema credits; see PGCREDITS_ROLE"
+
+
+def error_detail(text: str | None) -> Any:
+    """DETAIL of an error of ours, which is JSON; anything else stays text."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return text

@@ -1,0 +1,37 @@
+-- Run by `pgcredits rollback`, never by a deploy: takes away what sql/ has put there (views, routines, and the
+-- triggers and policies that need them), so that a migration's way back meets nothing but tables.
+-- A routine that a table's constraint, default or index needs belongs to the tables and stays.
+do $$
+declare
+  v_drop text;
+begin
+  -- Names are collected first: a cascade may drop what comes later in the list.
+  for v_drop in
+    select pg_catalog.unnest(pg_catalog.array_agg(
+             pg_catalog.format('drop %s if exists %s cascade',
+               case c.relkind when 'm' then 'materialized view' else 'view' end, c.oid::regclass)))
+    from pg_catalog.pg_class c
+    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+    where n.nspname in ('credits', 'credits_api', 'credits_hasura')
+      and c.relkind in ('v', 'm')
+      and not exists (select from pg_catalog.pg_depend d
+                      where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
+  loop
+    execute v_drop;
+  end loop;
+
+  for v_drop in
+    select pg_catalog.unnest(pg_catalog.array_agg(
+             pg_catalog.format('drop routine if exists %s cascade', p.oid::regprocedure)))
+    from pg_catalog.pg_proc p
+    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+    where n.nspname in ('credits', 'credits_api', 'credits_hasura')
+      and not exists (select from pg_catalog.pg_depend d
+                      where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
+      and not exists (select from pg_catalog.pg_depend d
+                      where d.refclassid = 'pg_proc'::regclass and d.refobjid = p.oid
+                        and d.classid in ('pg_constraint'::regclass, 'pg_attrdef'::regclass, 'pg_class'::regclass))
+  loop
+    execute v_drop;
+  end loop;
+end $$;

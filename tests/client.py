@@ -1,0 +1,124 @@
+"""The verbs as Python methods: one method per verb, named arguments, one named tuple per row. Nothing else."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+from psycopg import Connection
+from psycopg.rows import namedtuple_row
+
+from pgcredits.db import statement
+
+Amount = Decimal | int | str
+
+
+class CreditsError(Exception):
+    """An error of ours: HTTP status, stable code, detail (decoded) and hint."""
+
+    def __init__(self, status: int, code: str, detail: Any, hint: str | None) -> None:
+        super().__init__(f"{status} {code} {detail} {hint}")
+        self.status, self.code, self.detail, self.hint = status, code, detail, hint
+
+
+@contextmanager
+def ours() -> Iterator[None]:
+    """Turn SQLSTATE PTnnn into CreditsError; every other error of the database passes."""
+    try:
+        yield
+    except psycopg.Error as error:
+        state = error.sqlstate or ""
+        if not state.startswith("PT"):
+            raise
+        detail = json.loads(error.diag.message_detail or "null")
+        raise CreditsError(int(state[2:]), error.diag.message_primary or "", detail, error.diag.message_hint) from error
+
+
+class Client:
+    """Calls verbs on one connection. Each call is a savepoint (or a transaction), so an error leaves it usable."""
+
+    def __init__(self, conn: Connection[Any]) -> None:
+        self.conn = conn
+
+    def rows(self, function: str, **arguments: Any) -> list[Any]:
+        query, parameters = statement(function, arguments)
+        with ours(), self.conn.transaction(), self.conn.cursor(row_factory=namedtuple_row) as cursor:
+            return cursor.execute(query, parameters).fetchall()
+
+    def row(self, function: str, **arguments: Any) -> Any:
+        (row,) = self.rows(function, **arguments)
+        return row
+
+    def open_account(self, account_id: str | None, **more: Any) -> Any:
+        return self.row("open_account", account_id=account_id, **more)
+
+    def freeze_account(self, account_id: str | None, **more: Any) -> Any:
+        return self.row("freeze_account", account_id=account_id, **more)
+
+    def unfreeze_account(self, account_id: str | None) -> Any:
+        return self.row("unfreeze_account", account_id=account_id)
+
+    def get_balance(self, account_id: str | None) -> Any:
+        return self.row("get_balance", account_id=account_id)
+
+    def balance_at(self, account_id: str | None, at: datetime | None) -> Decimal:
+        value: Decimal = self.row("balance_at", account_id=account_id, at=at)[0]
+        return value
+
+    def grant_credits(self, account_id: str | None, amount: Amount | None, **more: Any) -> Any:
+        return self.row("grant_credits", account_id=account_id, amount=amount, **more)
+
+    def spend(self, account_id: str | None, amount: Amount | None, **more: Any) -> Any:
+        return self.row("spend", account_id=account_id, amount=amount, **more)
+
+    def spend_many(self, requests: list[dict[str, Any]]) -> list[Any]:
+        return self.rows("spend_many", requests=psycopg.types.json.Jsonb(requests))
+
+    def refund_spend(self, account_id: str | None, spend_key: str | None, **more: Any) -> Any:
+        return self.row("refund_spend", account_id=account_id, spend_key=spend_key, **more)
+
+    def revoke_grant(self, account_id: str | None, grant_id: int | None, **more: Any) -> Any:
+        return self.row("revoke_grant", account_id=account_id, grant_id=grant_id, **more)
+
+    def transfer_credits(
+        self, from_account_id: str | None, to_account_id: str | None, amount: Amount | None, **more: Any
+    ) -> Any:
+        return self.row(
+            "transfer_credits", from_account_id=from_account_id, to_account_id=to_account_id, amount=amount, **more
+        )
+
+    def adjust(self, account_id: str | None, amount: Amount | None, **more: Any) -> Any:
+        return self.row("adjust", account_id=account_id, amount=amount, **more)
+
+    def history(self, account_id: str | None, **more: Any) -> list[Any]:
+        return self.rows("history", account_id=account_id, **more)
+
+    def prove_balance(self, account_id: str | None) -> Any:
+        return self.row("prove_balance", account_id=account_id)
+
+    def audit(self) -> list[Any]:
+        return self.rows("audit")
+
+    def reserve(self, account_id: str | None, amount: Amount | None, reservation_id: str | None, **more: Any) -> Any:
+        return self.row("reserve", account_id=account_id, amount=amount, reservation_id=reservation_id, **more)
+
+    def capture(self, account_id: str | None, reservation_id: str | None, amount: Amount | None, **more: Any) -> Any:
+        return self.row("capture", account_id=account_id, reservation_id=reservation_id, amount=amount, **more)
+
+    def settle(self, account_id: str | None, reservation_id: str | None, amount: Amount | None, **more: Any) -> Any:
+        return self.row("settle", account_id=account_id, reservation_id=reservation_id, amount=amount, **more)
+
+    def release(self, account_id: str | None, reservation_id: str | None, **more: Any) -> Any:
+        return self.row("release", account_id=account_id, reservation_id=reservation_id, **more)
+
+    def extend(self, account_id: str | None, reservation_id: str | None, **more: Any) -> Any:
+        return self.row("extend", account_id=account_id, reservation_id=reservation_id, **more)
+
+    def list_packages(self, **more: Any) -> list[Any]:
+        return self.rows("list_packages", **more)
+
+    def receive_stripe_event(self, endpoint: str | None, payload: str | None) -> Any:
+        return self.row("receive_stripe_event", endpoint=endpoint, payload=payload)

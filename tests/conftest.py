@@ -1,0 +1,93 @@
+"""Fixtures: both servers, a connection that is rolled back, databases of one's own, and a clock to turn."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import Client
+from psycopg import Connection, sql
+from servers import ENGINES, Database, Engine, engine
+
+RUN = "PGCREDITS_TEST_RUN"  # the folder of this run's servers; workers inherit it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if RUN not in os.environ:
+        folder = Path(f"/tmp/pgcredits-test-{os.getpid()}")
+        folder.mkdir(mode=0o755)  # root's servers run as another user, who must get through
+        os.environ[RUN] = str(folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(RUN, None) and None)
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """Every test that uses it, or what is built on it, runs on PostgreSQL 18 and on 15."""
+    with engine(request.param, Path(os.environ[RUN])) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def shared(server: Engine) -> Iterator[Database]:
+    """A migrated database in which nothing is ever committed."""
+    with server.database() as database:
+        yield database
+
+
+@pytest.fixture
+def database(server: Engine) -> Iterator[Database]:
+    """A fresh migrated database, for tests with several connections."""
+    with server.database() as database:
+        yield database
+
+
+@pytest.fixture
+def empty_database(server: Engine) -> Iterator[Database]:
+    """A fresh database without pgcredits."""
+    with server.database("template0") as database:
+        yield database
+
+
+@pytest.fixture
+def conn(shared: Database) -> Iterator[Connection[Any]]:
+    """A connection as credits_service in a transaction that is rolled back."""
+    with shared.connect() as conn:
+        yield conn
+        conn.rollback()
+
+
+@pytest.fixture
+def owner(shared: Database) -> Iterator[Connection[Any]]:
+    """The same as credits_owner, who may see and change tables."""
+    with shared.connect("credits_owner") as conn:
+        yield conn
+        conn.rollback()
+
+
+@pytest.fixture
+def client(conn: Connection[Any]) -> Client:
+    """The verbs, on conn."""
+    return Client(conn)
+
+
+@pytest.fixture
+def set_now() -> Callable[[Connection[Any], datetime | str], None]:
+    """Stop the clock of a connection's transaction (or, committed, of its database) at a moment."""
+    return stop_clock
+
+
+def stop_clock(conn: Connection[Any], at: datetime | str) -> None:
+    """Replace credits.now() by a constant, and go on in the role that the connection had."""
+    role = conn.execute("select current_user").fetchone()
+    assert role
+    conn.execute("set role credits_owner")
+    conn.execute(
+        sql.SQL("create or replace function credits.now() returns timestamptz language sql as {}").format(
+            sql.Literal(f"select timestamptz '{at}'")
+        )
+    )
+    conn.execute(sql.SQL("set role {}").format(sql.Identifier(role[0])))

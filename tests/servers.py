@@ -1,0 +1,119 @@
+"""PostgreSQL servers for the tests: started once per run, shared by its workers, with a migrated template."""
+
+import fcntl
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import Connection, sql
+from psycopg.conninfo import make_conninfo
+
+from pgcredits import embedded, migrate
+
+OWNER = embedded.DATABASE  # no superuser, owns its databases, may create roles
+TEMPLATE = "pgcredits_template"
+CONF = "fsync = off\nfull_page_writes = off\nmax_connections = 200\n"
+DEBIAN = Path("/usr/lib/postgresql/15")
+ENGINES = ["pg18", "pg15"]
+_numbers = itertools.count(1)
+
+
+def missing(what: str, reason: str) -> None:
+    """Skip the test, or fail it where the environment says that this must be there."""
+    if what in os.environ.get("PGCREDITS_TEST_REQUIRE", "").split(","):
+        pytest.fail(f"{what} is required here: {reason}")
+    pytest.skip(reason)
+
+
+@dataclass
+class Database:
+    """One database of a test. dsn logs in as its owner, admin_dsn as the superuser."""
+
+    engine: "Engine"
+    name: str
+    dsn: str = field(init=False)
+    admin_dsn: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dsn = make_conninfo(self.engine.server.dsn, dbname=self.name)
+        self.admin_dsn = make_conninfo(self.engine.server.admin_dsn, dbname=self.name)
+
+    def connect(self, role: str = "credits_service", *, autocommit: bool = False) -> Connection[Any]:
+        """A connection that acts as role; with autocommit each call of a verb is a transaction of its own."""
+        conn = psycopg.connect(self.dsn, autocommit=True)
+        conn.execute(sql.SQL("set role {}").format(sql.Identifier(role)))
+        conn.autocommit = autocommit
+        return conn
+
+    def admin(self) -> Connection[Any]:
+        """A superuser's connection, each statement its own transaction."""
+        return psycopg.connect(self.admin_dsn, autocommit=True)
+
+    def dump(self) -> str:
+        """pg_dump of the schema, without the lines that differ in every dump."""
+        text = self.program("pg_dump", "--schema-only", "--dbname", self.admin_dsn).stdout
+        return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
+
+    def program(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a program of the server's own version."""
+        return subprocess.run(
+            [self.engine.install / "bin" / name, *arguments], capture_output=True, text=True, check=check
+        )
+
+
+@dataclass
+class Engine:
+    """A server of one major version."""
+
+    name: str
+    install: Path
+    server: embedded.Server
+
+    @contextmanager
+    def database(self, template: str = TEMPLATE) -> Iterator[Database]:
+        """A fresh database made from template, dropped afterwards."""
+        name = f"t_{os.getpid()}_{next(_numbers)}"
+        with psycopg.connect(self.server.admin_dsn, autocommit=True) as admin:
+            admin.execute(
+                sql.SQL("create database {} template {} owner {}").format(*map(sql.Identifier, (name, template, OWNER)))
+            )
+            try:
+                yield Database(self, name)
+            finally:
+                admin.execute(sql.SQL("drop database if exists {} with (force)").format(sql.Identifier(name)))
+
+    def prepare(self) -> None:
+        """Make the template, once per server, the way an owner without superuser's rights installs the product."""
+        with psycopg.connect(self.server.admin_dsn, autocommit=True) as admin:
+            if admin.execute("select 1 from pg_database where datname = %s", [TEMPLATE]).fetchone():
+                return
+            unfinished = Database(self, f"{TEMPLATE}_unfinished")
+            name = sql.Identifier(unfinished.name)
+            admin.execute(sql.SQL("drop database if exists {} with (force)").format(name))
+            admin.execute(sql.SQL("create database {} owner {}").format(name, sql.Identifier(OWNER)))
+            migrate.migrate(unfinished.dsn)
+            # Tests act as each of these; in production nobody is a member of all.
+            for role in ("credits_service", "credits_user", "credits_forwarder"):
+                admin.execute(sql.SQL("grant {} to {}").format(sql.Identifier(role), sql.Identifier(OWNER)))
+            admin.execute(sql.SQL("alter database {} rename to {}").format(name, sql.Identifier(TEMPLATE)))
+
+
+@contextmanager
+def engine(name: str, folder: Path) -> Iterator[Engine]:
+    """Start or join the server called name of this test run."""
+    install = embedded.packaged() if name == "pg18" else DEBIAN
+    if not (install / "bin" / "postgres").exists():
+        missing("postgresql15", f"no PostgreSQL 15 in {install}")
+    with embedded.start(folder / name, install, conf=CONF) as server, (folder / f"{name}.template").open("w") as lock:
+        running = Engine(name, install, server)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running.prepare()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        yield running
