@@ -1,6 +1,5 @@
 """Calls of SQL functions by name, from a pool (async, for the door) or on one connection (the command line)."""
 
-import json
 from typing import Any
 
 from psycopg import AsyncConnection, Connection, sql
@@ -85,11 +84,3 @@ class Database:
         if not row or (row["allowed"] and not row["installed"]):
             return "the schema is not there; run: pgcredits migrate"
         return None if row["allowed"] else "this login may not use the schema credits; see PGCREDITS_ROLE"
-
-
-def error_detail(text: str | None) -> Any:
-    """DETAIL of an error of ours, which is JSON; anything else stays text."""
-    try:
-        return json.loads(text or "{}")
-    except ValueError:
-        return text

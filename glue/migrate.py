@@ -7,7 +7,9 @@ command line understands them. The transaction and the lock are ours: yoyo commi
 import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psycopg
 from psycopg import Connection
@@ -20,87 +22,46 @@ from pgcredits import __version__
 
 _PACKAGE = Path(__file__).resolve().parent
 HOME = _PACKAGE if (_PACKAGE / "migrations").is_dir() else _PACKAGE.parent  # an installed wheel, or a checkout
-SCHEMA = "credits_migrations"
-OLDEST_SERVER = 150000
+_OLDEST_SERVER = 150000
 
-LOCK = "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('pgcredits.deploy', 0));"
-# What a deploy may wait for a lock of running traffic: beyond it, all of us would queue behind it.
-# Bodies are checked at the end: a file reads top-down, so a function may stand above those that it calls.
-SESSION = """\
-set local lock_timeout = '30s';
-set local search_path = pg_catalog, pg_temp;
-set local check_function_bodies = off;"""
-BOOKS = f"""\
-create schema if not exists {SCHEMA};
-create table if not exists {SCHEMA}._yoyo_migration (
-  migration_hash varchar(64) primary key, migration_id varchar(255), applied_at_utc timestamp);
-create table if not exists {SCHEMA}._yoyo_log (
-  id varchar(36) primary key, migration_hash varchar(64), migration_id varchar(255), operation varchar(10),
-  username varchar(255), hostname varchar(255), comment varchar(255), created_at_utc timestamp);
-create table if not exists {SCHEMA}._yoyo_version (version int primary key, installed_at_utc timestamp);
-create table if not exists {SCHEMA}.yoyo_lock (locked int default 1 primary key, ctime timestamp, pid int not null);
-insert into {SCHEMA}._yoyo_version select 2, now() at time zone 'utc'
-  where not exists (select from {SCHEMA}._yoyo_version);"""
-CHECK = """\
-set local check_function_bodies = on;
-do $$
-declare
-  v_function record;
-  v_rows     text;
-begin
-  for v_function in
-    select p.oid, p.oid::regprocedure as name, l.lanvalidator::regproc as validator
-    from pg_catalog.pg_proc p
-    join pg_catalog.pg_language l on l.oid = p.prolang
-    where p.pronamespace::regnamespace::text in ('credits', 'credits_api', 'credits_hasura')
-      and p.prokind in ('f', 'p')
-  loop
-    begin
-      execute pg_catalog.format('select %s(%s)', v_function.validator, v_function.oid);
-    exception when others then
-      raise exception using message = v_function.name || ' does not compile: ' || sqlerrm;
-    end;
-  end loop;
-  if pg_catalog.to_regclass('credits.house_rule_violations') is not null then
-    execute 'select pg_catalog.string_agg(v::text, e''\\n'') from credits.house_rule_violations v' into v_rows;
-    if v_rows is not null then
-      raise exception using message = 'house rules are violated', detail = v_rows;
-    end if;
-  end if;
-end $$;"""
-NOTIFY = "notify pgrst, 'reload schema';"
-AS_OWNER = "set local role credits_owner;"
-AS_OURSELVES = "reset role;"
-ENDS_TRANSACTION = re.compile(r"^\s*(begin|commit|rollback|abort)(\s+(work|transaction))?\s*;", re.I | re.M)
+_BEGIN = (_PACKAGE / "begin.sql").read_text()
+_CHECK = (_PACKAGE / "check.sql").read_text()
+_NOTIFY = "notify pgrst, 'reload schema';"
+_AS_OWNER = "set local role credits_owner;"
+_AS_OURSELVES = "reset role;"
+_ENDS_TRANSACTION = re.compile(
+    r"^\s*(begin|commit|rollback|abort)(\s+(work|transaction))?\s*;", re.IGNORECASE | re.MULTILINE
+)
 
 
 class DeployError(Exception):
     """A deploy or a rollback failed and changed nothing. The text names the file and the reason."""
 
 
+@dataclass(frozen=True)
 class Migration:
-    """One file of migrations/ with its way back."""
+    """One file of migrations/. hash is what yoyo knows it by."""
 
-    def __init__(self, name: str, hash_: str, path: Path) -> None:
-        self.name, self.hash, self.path = name, hash_, path
-        self.rollback_path = path.with_suffix(".rollback.sql")
+    name: str
+    hash: str
+    path: Path
 
-    def mark(self) -> str:
-        """SQL that enters the migration into yoyo's books."""
+    @property
+    def rollback_path(self) -> Path:
+        """Its way back."""
+        return self.path.with_suffix(".rollback.sql")
+
+    def book(self, operation: Literal["apply", "rollback"]) -> str:
+        """SQL that enters it into yoyo's books, or takes it out."""
+        books, now = "credits_migrations._yoyo_", "now() at time zone 'utc'"
+        entry = {
+            "apply": f"insert into {books}migration values ('{self.hash}', '{self.name}', {now});",
+            "rollback": f"delete from {books}migration where migration_hash = '{self.hash}';",
+        }[operation]
         return (
-            f"insert into {SCHEMA}._yoyo_migration values ('{self.hash}', '{self.name}', now() at time zone 'utc');\n"
-            + self._log("apply")
-        )
-
-    def unmark(self) -> str:
-        """SQL that takes it out again."""
-        return f"delete from {SCHEMA}._yoyo_migration where migration_hash = '{self.hash}';\n" + self._log("rollback")
-
-    def _log(self, operation: str) -> str:
-        return (
-            f"insert into {SCHEMA}._yoyo_log (id, migration_hash, migration_id, operation, username, created_at_utc)\n"
-            f"  values (gen_random_uuid()::text, '{self.hash}', '{self.name}', '{operation}', session_user,"
-            " now() at time zone 'utc');"
+            f"{entry}\ninsert into {books}log"
+            " (id, migration_hash, migration_id, operation, username, created_at_utc)\n"
+            f"  values (gen_random_uuid()::text, '{self.hash}', '{self.name}', '{operation}', session_user, {now});"
         )
 
 
@@ -135,18 +96,19 @@ def migrate(dsn: str, home: Path = HOME) -> list[str]:
     """
     with _deploying(dsn) as conn:
         known = migrations(home)
-        pending = [m for m in known if m.hash not in _applied(conn, known)]
+        applied = _applied(conn, known)
+        pending = [m for m in known if m.hash not in applied]
         for migration in pending:
             _run_file(conn, migration.path)
-            conn.execute(AS_OURSELVES)
-            conn.execute(migration.mark().encode())
+            conn.execute(_AS_OURSELVES)
+            conn.execute(migration.book("apply").encode())
         for path in code_files(home):
-            conn.execute(AS_OWNER)
+            conn.execute(_AS_OWNER)
             _run_file(conn, path)
-        conn.execute(AS_OWNER)
-        _run(conn, CHECK, "the checks after sql/")
-        conn.execute(AS_OURSELVES)
-        conn.execute(NOTIFY)
+        conn.execute(_AS_OWNER)
+        _run(conn, _CHECK, "the checks after sql/")
+        conn.execute(_AS_OURSELVES)
+        conn.execute(_NOTIFY)
     return [migration.name for migration in pending]
 
 
@@ -160,14 +122,14 @@ def rollback(dsn: str, steps: int | None = 1, home: Path = HOME) -> list[str]:
         applied = _applied(conn, known)
         undone = [m for m in reversed(known) if m.hash in applied][:steps]
         if undone:
-            conn.execute(AS_OWNER)
+            conn.execute(_AS_OWNER)
             _run_file(conn, home / "sql" / "undo" / "drop_code.sql")
         for migration in undone:
-            conn.execute(AS_OURSELVES)
+            conn.execute(_AS_OURSELVES)
             _run_file(conn, migration.rollback_path)
-            conn.execute(AS_OURSELVES)
-            conn.execute(migration.unmark().encode())
-        conn.execute(NOTIFY)
+            conn.execute(_AS_OURSELVES)
+            conn.execute(migration.book("rollback").encode())
+        conn.execute(_NOTIFY)
     return [migration.name for migration in undone]
 
 
@@ -177,15 +139,16 @@ def script(home: Path = HOME) -> Iterator[str]:
     yield "-- Run as the owner of the database (with CREATEROLE, or where the four roles of pgcredits exist):\n"
     yield "--   psql --no-psqlrc -f this-file.sql 'postgresql://...'\n"
     yield "-- All or nothing. `pgcredits migrate` can take over from here at any time.\n"
-    yield f"\\set ON_ERROR_STOP on\nbegin;\n{LOCK}\n{SESSION}\n{BOOKS}\n"
-    yield f"do $$ begin\n  if exists (select from {SCHEMA}._yoyo_migration) then\n"
+    yield f"\\set ON_ERROR_STOP on\nbegin;\n{_BEGIN}\n"
+    yield "do $$ begin\n  if exists (select from credits_migrations._yoyo_migration) then\n"
     yield "    raise exception 'pgcredits is installed here already; bring it up to date with: pgcredits migrate';\n"
     yield "  end if;\nend $$;\n"
     for migration in migrations(home):
-        yield f"\n-- ==== migrations/{migration.path.name}\n{_read(migration.path)}\n{AS_OURSELVES}\n{migration.mark()}\n"
+        yield f"\n-- ==== migrations/{migration.path.name}\n{_read(migration.path)}\n{_AS_OURSELVES}\n"
+        yield migration.book("apply") + "\n"
     for path in code_files(home):
-        yield f"\n-- ==== sql/{path.name}\n{AS_OWNER}\n{_read(path)}\n"
-    yield f"\n-- ==== the end\n{AS_OWNER}\n{CHECK}\n{AS_OURSELVES}\n{NOTIFY}\ncommit;\n"
+        yield f"\n-- ==== sql/{path.name}\n{_AS_OWNER}\n{_read(path)}\n"
+    yield f"\n-- ==== the end\n{_AS_OWNER}\n{_CHECK}\n{_AS_OURSELVES}\n{_NOTIFY}\ncommit;\n"
 
 
 @contextmanager
@@ -196,15 +159,17 @@ def _deploying(dsn: str) -> Iterator[Connection[TupleRow]]:
     except psycopg.OperationalError as error:
         raise DeployError(f"cannot reach the database: {str(error).strip()}") from error
     with closing(conn):
-        if conn.info.server_version < OLDEST_SERVER:
+        if conn.info.server_version < _OLDEST_SERVER:
             raise DeployError(f"PostgreSQL 15 or newer is needed, this is {conn.info.server_version // 10000}")
-        _run(conn, f"begin; {LOCK} {SESSION} {BOOKS}", f"the books in schema {SCHEMA}")
+        _run(conn, f"begin; {_BEGIN}", "the beginning of the deploy")
         yield conn
         _run(conn, "commit", "commit")
 
 
 def _applied(conn: Connection[TupleRow], known: list[Migration]) -> set[str]:
-    rows = conn.execute(f"select migration_hash, migration_id from {SCHEMA}._yoyo_migration order by 2".encode()).fetchall()
+    rows = conn.execute(
+        b"select migration_hash, migration_id from credits_migrations._yoyo_migration order by 2"
+    ).fetchall()
     strangers = [name for hash_, name in rows if hash_ not in {m.hash for m in known}]
     if strangers:
         raise DeployError(
@@ -216,9 +181,11 @@ def _applied(conn: Connection[TupleRow], known: list[Migration]) -> set[str]:
 
 def _read(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
-    if found := ENDS_TRANSACTION.search(text):
+    if found := _ENDS_TRANSACTION.search(text):
         line = text.count("\n", 0, found.start(1)) + 1
-        raise DeployError(f"{path.name}, line {line}: '{found.group(1)}' would break up the one transaction of a deploy")
+        raise DeployError(
+            f"{path.name}, line {line}: '{found.group(1)}' would break up the one transaction of a deploy"
+        )
     return text
 
 
@@ -241,7 +208,9 @@ def _explain(conn: Connection[TupleRow], error: psycopg.Error, text: str, where:
     lines = [f"{where}, line {text.count(chr(10), 0, at - 1) + 1}" if at else where]
     lines[0] += f": {diag.message_primary or str(error).strip()}"
     if at:
-        lines.append(f"  statement: {text[: at - 1].rpartition(chr(10))[2]}{text[at - 1 :].partition(chr(10))[0]}".rstrip())
+        lines.append(
+            f"  statement: {text[: at - 1].rpartition(chr(10))[2]}{text[at - 1 :].partition(chr(10))[0]}".rstrip()
+        )
     if diag.message_detail:
         lines.append(f"  detail: {diag.message_detail}")
     if diag.message_hint:

@@ -21,7 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
         folder.mkdir(mode=0o755)  # root's servers run as another user, who must get through
         os.environ[RUN] = str(folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-        config.add_cleanup(lambda: os.environ.pop(RUN, None) and None)
 
 
 @pytest.fixture(scope="session", params=ENGINES)

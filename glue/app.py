@@ -1,0 +1,85 @@
+"""The routes of the door."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import psycopg
+from psycopg_pool import PoolTimeout
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from pgcredits import webhook
+from pgcredits.db import Database
+from pgcredits.settings import Settings
+from pgcredits.webhook import Refused, not_now
+
+log = logging.getLogger("pgcredits.app")
+
+
+def create_app(settings: Settings) -> Starlette:
+    """The ASGI application. It starts without a database and answers 503 until there is one."""
+    database = Database(settings.dsn, role=settings.role, size=settings.pool_size)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await database.open()
+        try:
+            yield
+        finally:
+            await database.close()
+
+    app = Starlette(
+        routes=[
+            Route("/webhooks/stripe/{endpoint}", webhook.receive, methods=["POST"]),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+        ],
+        exception_handlers={Refused: refused, HTTPException: http_error, Exception: unexpected},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # to Stripe a redirect is a failure
+    app.state.settings = settings
+    app.state.database = database
+    return app
+
+
+async def healthz(_: Request) -> Response:
+    """The process is alive, whatever the database does."""
+    return JSONResponse({"status": "alive"})
+
+
+async def readyz(request: Request) -> Response:
+    """200 if the database answers and has the schema; 503 says what is wrong."""
+    database: Database = request.app.state.database
+    try:
+        problem = await database.ready()
+    except (psycopg.Error, PoolTimeout, OSError) as error:
+        log.warning("not ready: %s", error)
+        problem = "the database does not answer"
+    if problem:
+        raise not_now("not_ready", problem)
+    return JSONResponse({"status": "ready"})
+
+
+async def refused(_: Request, error: Exception) -> Response:
+    """An answer that a route decided on."""
+    assert isinstance(error, Refused)  # noqa: S101 - Starlette's type of handlers is wider than what it calls them with
+    return error.response()
+
+
+async def http_error(_: Request, error: Exception) -> Response:
+    """404 and 405 in the form of all other errors."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - as above
+    message = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    response = Refused(error.status_code, message, f"{error.detail}.").response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def unexpected(_: Request, __: Exception) -> Response:
+    """A bug of ours: nothing was acknowledged, and the log has it."""
+    return Refused(500, "internal_error", "Something went wrong on our side; the log has it.").response()

@@ -1,0 +1,205 @@
+"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit."""
+
+import contextlib
+import logging
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import psycopg
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+
+from pgcredits import __version__, db, demo, migrate
+from pgcredits.app import create_app
+from pgcredits.settings import Settings, SettingsError
+
+cli = typer.Typer(
+    help="Prepaid credits inside your own Postgres.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+console = Console()
+Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
+
+
+def main() -> None:
+    """Entry point: errors that an operator can understand are one sentence, not a traceback."""
+    from pgcredits.embedded import EmbeddedError  # noqa: PLC0415 - see _database
+
+    known = (migrate.DeployError, SettingsError, EmbeddedError, demo.DemoError, psycopg.Error)
+    try:
+        cli()
+    except known as error:
+        print(f"pgcredits: {str(error).strip()}", file=sys.stderr)
+        sys.exit(1)
+
+
+@cli.command()
+def up(dsn: Dsn = "", *, tour: bool = True) -> None:
+    """Everything at once: a database (embedded unless one is given), the schema, a demo catalogue, the door, a tour."""
+    settings = Settings.from_environment()
+    with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings, make=True) as target:
+        with _progress("The schema is deployed"):
+            migrate.migrate(target)
+        with _progress("The demo catalogue is loaded"), psycopg.connect(target) as conn:
+            db.call(conn, "load_demo_catalog")
+        if not settings.webhook_secrets:
+            settings = replace(settings, webhook_secrets={"": (_development_secret(settings.data),)})
+            console.print(f"A development signing secret is kept in {settings.data / 'webhook_secret'}")
+
+        def show(url: str) -> None:
+            if tour:
+                _tour(target, url, settings)
+            console.print(f"\n[bold green]pgcredits serves on {url}[/bold green]   Ctrl-C stops it")
+            console.print(f"Webhooks: {url}/webhooks/stripe/{demo.ENDPOINT}   Again: pgcredits demo")
+            if not (dsn or settings.dsn):
+                console.print(f'SQL: psql "$(cat {settings.data / "dsn"})"', highlight=False)
+
+        _serve(replace(settings, dsn=target), show)
+    console.print("Stopped.")
+
+
+@cli.command()
+def serve(dsn: Dsn = "") -> None:
+    """Serve the door: Stripe's webhooks and the health checks."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings.from_environment()
+    with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:
+        _serve(replace(settings, dsn=target), lambda url: print(f"pgcredits {__version__} serves on {url}", flush=True))
+
+
+@cli.command("migrate")
+def migrate_(dsn: Dsn = "") -> None:
+    """Bring a database to this version, wholly or not at all. Safe to repeat, and from several places at once."""
+    with _database(dsn, Settings.from_environment()) as target:
+        applied = migrate.migrate(target)
+    print(f"Applied: {', '.join(applied)}." if applied else "No migration was pending.", end=" ")
+    print("Functions, rows that are code, and rights are those of this version.")
+
+
+@cli.command()
+def rollback(
+    dsn: Dsn = "",
+    steps: Annotated[int, typer.Option(min=1, help="How many migrations to take back.")] = 1,
+    *,
+    all_: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take the last migrations back. Destroys what their tables hold."""
+    with _database(dsn, Settings.from_environment()) as target:
+        what = "all migrations" if all_ else f"the last {steps} migration(s)"
+        if not yes:
+            typer.confirm(f"Take back {what} and destroy what their tables hold?", abort=True)
+        undone = migrate.rollback(target, None if all_ else steps)
+    print(
+        f"Taken back: {', '.join(undone)}. `pgcredits migrate` brings it back, empty."
+        if undone
+        else "Nothing is applied."
+    )
+
+
+@cli.command("sql")
+def sql_() -> None:
+    """Print one file that installs this version with psql alone."""
+    sys.stdout.writelines(migrate.script())
+
+
+@cli.command("demo")
+def demo_(
+    dsn: Dsn = "", url: Annotated[str, typer.Option(help="Where the door is. Default: PGCREDITS_HOST and _PORT.")] = ""
+) -> None:
+    """Take the tour on a running instance. Needs its database, and its signing secret in the environment."""
+    settings = Settings.from_environment()
+    with _database(dsn, settings) as target:
+        _tour(target, url or f"http://{settings.host}:{settings.port}", settings)
+
+
+@cli.command()
+def audit(dsn: Dsn = "") -> None:
+    """Check every invariant over the whole database. Prints what is violated; exit code 1 if anything is."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        findings = db.call(conn, "audit")
+    if not findings:
+        print("Sound: no invariant is violated.")
+        return
+    table = Table(*findings[0])
+    for row in findings:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)
+    raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _database(dsn: str, settings: Settings, *, make: bool = False) -> Iterator[str]:
+    """The database to work on: the one given, or the embedded one (made only by `up`), used until the block ends."""
+    if dsn or settings.dsn:
+        yield dsn or settings.dsn
+        return
+    if not make and not (settings.data / "passwords.json").exists():
+        raise SettingsError("which database? Give --dsn, set PGCREDITS_DSN, or start one with `pgcredits up`")
+    from pgcredits import embedded  # noqa: PLC0415 - its locks exist on POSIX only, the rest runs anywhere
+
+    with _progress("PostgreSQL runs") if make else contextlib.nullcontext():
+        server = embedded.start(settings.data, port=settings.embedded_port)
+    if make and server.data.parent != settings.data.resolve():
+        console.print(f"Its data are in {server.data}: the user who runs it for root cannot reach {settings.data}")
+    with server:
+        yield server.dsn
+
+
+@contextlib.contextmanager
+def _progress(done: str) -> Iterator[None]:
+    began = time.monotonic()
+    with console.status(f"{done} …"):
+        yield
+    console.print(f"[green]✓[/green] {done} [dim]({time.monotonic() - began:.1f} s)[/dim]")
+
+
+def _development_secret(data: Path) -> str:
+    kept = data / "webhook_secret"
+    if not kept.exists():
+        data.mkdir(parents=True, exist_ok=True)
+        kept.touch(mode=0o600)
+        kept.write_text(f"whsec_{secrets.token_hex(24)}\n")
+    return kept.read_text().strip()
+
+
+def _tour(dsn: str, url: str, settings: Settings) -> None:
+    configured = settings.secrets_of(demo.ENDPOINT)
+    if not configured and not (settings.data / "webhook_secret").exists():
+        raise SettingsError("the tour signs an event: set STRIPE_WEBHOOK_SECRET to the secret that the door knows")
+    demo.run(console, dsn, url, configured[0] if configured else _development_secret(settings.data))
+
+
+def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
+    try:
+        listener = socket.create_server((settings.host, settings.port), reuse_port=False)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); set PGCREDITS_PORT to another port"
+        ) from error
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(settings), log_level="warning", server_header=False, timeout_graceful_shutdown=10)
+    )
+
+    def announce() -> None:
+        while not server.started:
+            if server.should_exit:
+                return
+            time.sleep(0.02)
+        try:
+            when_ready(f"http://{settings.host}:{listener.getsockname()[1]}")
+        except (demo.DemoError, SettingsError, psycopg.Error) as error:
+            print(f"pgcredits: {str(error).strip()}", file=sys.stderr)
+
+    threading.Thread(target=announce, daemon=True).start()
+    with listener:
+        server.run(sockets=[listener])

@@ -1,0 +1,59 @@
+"""Settings, all from the environment. `.env.example` says what each is for."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+
+class SettingsError(Exception):
+    """A setting cannot be understood; the text names it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for."""
+
+    dsn: str = field(default="", repr=False)  # it may hold a password
+    role: str = ""
+    pool_size: int = 10
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_body: int = 1024 * 1024
+    data: Path = Path(".pgcredits")
+    embedded_port: int = 0
+    webhook_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read them. Raises SettingsError."""
+        return cls(
+            dsn=environment.get("PGCREDITS_DSN", cls.dsn),
+            role=environment.get("PGCREDITS_ROLE", cls.role),
+            pool_size=_number(environment, "PGCREDITS_POOL_SIZE", cls.pool_size, 1, 1000),
+            host=environment.get("PGCREDITS_HOST") or cls.host,
+            port=_number(environment, "PGCREDITS_PORT", cls.port, 0, 65535),
+            max_body=_number(environment, "PGCREDITS_MAX_BODY", cls.max_body, 1, 2**30),
+            data=Path(environment.get("PGCREDITS_DATA") or cls.data),
+            embedded_port=_number(environment, "PGCREDITS_EMBEDDED_PORT", cls.embedded_port, 0, 65535),
+            webhook_secrets={
+                name.removeprefix("STRIPE_WEBHOOK_SECRET").removeprefix("_"): secrets
+                for name, value in environment.items()
+                if re.fullmatch(r"STRIPE_WEBHOOK_SECRET(_\w+)?", name)
+                and (secrets := tuple(one.strip() for one in value.split(",") if one.strip()))
+            },
+        )
+
+    def secrets_of(self, endpoint: str) -> tuple[str, ...]:
+        """Webhook secrets that may have signed for an endpoint: its own, or else the general ones."""
+        own = re.sub(r"\W", "_", endpoint).upper()
+        return self.webhook_secrets.get(own) or self.webhook_secrets.get("", ())
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
+    text = environment.get(name) or str(default)
+    if not re.fullmatch(r"[0-9]{1,12}", text) or not least <= int(text) <= most:
+        raise SettingsError(f"{name} must be a number from {least} to {most}, not {text!r}")
+    return int(text)
