@@ -47,10 +47,7 @@ class Database:
 
     def connect(self, role: str = "credits_service", *, autocommit: bool = False) -> Connection[Any]:
         """A connection that acts as role; with autocommit each call of a verb is a transaction of its own."""
-        conn = psycopg.connect(self.dsn, autocommit=True)
-        conn.execute(sql.SQL("set role {}").format(sql.Identifier(role)))
-        conn.autocommit = autocommit
-        return conn
+        return psycopg.connect(self.dsn, autocommit=autocommit, options=f"-c role={role}")
 
     def admin(self) -> Connection[Any]:
         """A superuser's connection, each statement its own transaction."""
@@ -100,8 +97,9 @@ class Engine:
             admin.execute(sql.SQL("create database {} owner {}").format(name, sql.Identifier(OWNER)))
             migrate.migrate(unfinished.dsn)
             # Tests act as each of these; in production nobody is a member of all.
-            for role in ("credits_service", "credits_user", "credits_forwarder"):
-                admin.execute(sql.SQL("grant {} to {}").format(sql.Identifier(role), sql.Identifier(OWNER)))
+            options = " with set true, inherit true" if admin.info.server_version >= 160000 else ""
+            for role in ("credits_service", "credits_user"):
+                admin.execute(f"grant {role} to {OWNER}{options}".encode())
             admin.execute(sql.SQL("alter database {} rename to {}").format(name, sql.Identifier(TEMPLATE)))
 
 
