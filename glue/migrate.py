@@ -224,23 +224,21 @@ def _explain(conn: Connection[TupleRow], error: psycopg.Error, text: str, where:
 
 def _advice(conn: Connection[TupleRow]) -> str:
     conn.execute("rollback")
-    user, database, may_create, may_make_roles, missing, ours = conn.execute(
+    user, database, may_create, may_make_roles, theirs = conn.execute(
         """
         select current_user, current_database(), has_database_privilege(current_database(), 'create'),
                (select r.rolcreaterole or r.rolsuper from pg_catalog.pg_roles r where r.rolname = current_user),
-               exists (select from unnest(array['credits_owner', 'credits_service', 'credits_user',
-                 'credits_forwarder']) n where to_regrole(n) is null),
-               coalesce(pg_has_role(to_regrole('credits_owner'), 'member'), false)
+               to_regrole('credits_owner') is not null and not pg_has_role(to_regrole('credits_owner'), 'usage')
         """
-    ).fetchone() or (conn.info.user, conn.info.dbname, True, True, False, True)
+    ).fetchone() or (conn.info.user, conn.info.dbname, True, True, False)
     if not may_create:
         return f'{user} may not create schemas here: alter database "{database}" owner to "{user}"'
-    if missing and not may_make_roles:
-        return f'{user} may not create roles: a superuser can say: alter role "{user}" createrole'
-    if not missing and not ours:
+    if not may_make_roles:
+        return f'{user} may not create roles; a superuser can say: alter role "{user}" createrole'
+    if theirs:
         return (
-            "the roles of pgcredits exist already (another database of this server has it). Whoever made them, or a "
-            "superuser, can share them: grant credits_owner, credits_service, credits_user, credits_forwarder "
+            "the roles of pgcredits belong to another user (another database of this server has it); that one or a "
+            "superuser can say: grant credits_owner, credits_service, credits_user, credits_forwarder "
             f'to "{user}" with admin option'
         )
     return f"{user} lacks a right; deploy as the owner of the database, the same user every time"

@@ -1,18 +1,255 @@
-"""Deploying: all or nothing, twice, at once, back and forth."""
+"""Deploying: all or nothing, twice, at once, back and forth, with psql alone."""
 
-from typing import Any
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlencode
 
-from psycopg import Connection
-from servers import Database
+import psycopg
+import pytest
+from client import Client
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from servers import OWNER, Database
+from yoyo import get_backend, read_migrations
 
 from pgcredits import migrate
+from pgcredits.migrate import HOME, DeployError
+
+ALL = [migration.name for migration in migrate.migrations()]
 
 
-def test_migrated_template_answers(conn: Connection[Any]) -> None:
-    assert conn.execute("select current_user::text").fetchone() == ("credits_service",)
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A copy of the files that are deployed, to break."""
+    for folder in ("migrations", "sql"):
+        shutil.copytree(HOME / folder, tmp_path / folder)
+    return tmp_path
 
 
-def test_twice_changes_nothing(database: Database) -> None:
+def pgcredits(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pgcredits", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_the_owner_needs_no_superuser(empty_database: Database) -> None:
+    with psycopg.connect(empty_database.dsn) as conn:
+        rights = conn.execute("select rolname, rolsuper, rolbypassrls from pg_roles where rolname = current_user")
+        assert rights.fetchone() == (OWNER, False, False)
+    assert migrate.migrate(empty_database.dsn) == ALL
+
+
+def test_twice_changes_nothing(empty_database: Database) -> None:
+    migrate.migrate(empty_database.dsn)
+    before = empty_database.dump()
+    assert "CREATE TABLE credits." in before
+    assert migrate.migrate(empty_database.dsn) == []
+    assert empty_database.dump() == before
+
+
+def test_four_processes_at_once(empty_database: Database) -> None:
+    command = [sys.executable, "-m", "pgcredits", "migrate", "--dsn", empty_database.dsn]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
+    answers = [(process.communicate(timeout=120)[0], process.returncode) for process in running]
+    assert [code for _, code in answers] == [0, 0, 0, 0], answers
+    assert sorted(text.startswith("Applied: 0001") for text, _ in answers) == [False, False, False, True], answers
+
+
+def test_a_killed_deploy_leaves_nothing_behind(empty_database: Database) -> None:
+    with psycopg.connect(empty_database.dsn) as other:
+        other.execute("select pg_advisory_xact_lock(hashtextextended('pgcredits.deploy', 0))")
+        waiting = subprocess.Popen([sys.executable, "-m", "pgcredits", "migrate", "--dsn", empty_database.dsn])
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(3)  # it waits for us
+        waiting.kill()
+        waiting.wait()
+    assert migrate.migrate(empty_database.dsn) == ALL
+
+
+Break = Callable[[Path], None]
+
+
+def broken_migration(home: Path) -> None:
+    (home / "migrations" / "9999.broken.sql").write_text("create table credits.t ();\n\nselect no_such_column;\n")
+    (home / "migrations" / "9999.broken.rollback.sql").write_text("drop table credits.t;")
+
+
+def broken_code(home: Path) -> None:
+    (home / "sql" / "98_broken.sql").write_text("create table credits.t ();\nselec 1;\n")
+
+
+def broken_body(home: Path) -> None:
+    (home / "sql" / "98_broken.sql").write_text(
+        "create function credits._broken() returns int language sql as 'select no_such_function()';"
+    )
+
+
+def refused_by_a_check(home: Path) -> None:
+    (home / "sql" / "98_broken.sql").write_text("do $$ begin raise 'not today' using hint = 'try tomorrow'; end $$;")
+
+
+def against_the_house_rules(home: Path) -> None:
+    (home / "sql" / "98_broken.sql").write_text("create table credits.without_row_level_security ();")
+
+
+def without_a_way_back(home: Path) -> None:
+    (home / "migrations" / "9999.broken.sql").write_text("create table credits.t ();")
+
+
+def breaking_out(home: Path) -> None:
+    (home / "sql" / "98_broken.sql").write_text("create table credits.t ();\nCOMMIT ;\n")
+
+
+def outside_a_transaction(home: Path) -> None:
+    broken_migration(home)
+    (home / "migrations" / "9999.broken.sql").write_text("-- transactional: false\nvacuum;")
+
+
+@pytest.mark.parametrize(
+    ("do_break", "says"),
+    [
+        (broken_migration, ["9999.broken.sql, line 3", "no_such_column", "statement: select no_such_column;"]),
+        (broken_code, ["98_broken.sql, line 2", "syntax error", "selec 1"]),
+        (broken_body, ["credits._broken() does not compile", "no_such_function()"]),
+        (refused_by_a_check, ["98_broken.sql: not today", "hint: try tomorrow"]),
+        (against_the_house_rules, ["house rules are violated", "without_row_level_security"]),
+        (without_a_way_back, ["9999.broken.rollback.sql is missing"]),
+        (breaking_out, ["98_broken.sql, line 2", "'COMMIT'"]),
+        (outside_a_transaction, ["9999.broken.sql", "transactional: false"]),
+    ],
+)
+def test_a_broken_file_changes_nothing(empty_database: Database, home: Path, do_break: Break, says: list[str]) -> None:
+    do_break(home)
+    for before in ("an empty database", "a database that works"):
+        dump = empty_database.dump()
+        with pytest.raises(DeployError) as failed:
+            migrate.migrate(empty_database.dsn, home)
+        for words in says:
+            assert words in str(failed.value), before
+        assert empty_database.dump() == dump, before
+        migrate.migrate(empty_database.dsn)
+
+
+def test_the_command_says_in_one_line_what_is_wrong(empty_database: Database) -> None:
+    with psycopg.connect(empty_database.dsn, autocommit=True) as conn:
+        conn.execute("create schema credits")
+    answer = pgcredits("migrate", "--dsn", empty_database.dsn)
+    assert (answer.returncode, answer.stdout) == (1, "")
+    assert answer.stderr == 'pgcredits: 0001.house.sql: schema "credits" already exists\n'
+    nobody = pgcredits("migrate", "--dsn", make_conninfo(empty_database.dsn, port=1))
+    assert nobody.returncode == 1
+    assert nobody.stderr.startswith("pgcredits: cannot reach the database: ")
+    assert "Traceback" not in nobody.stderr
+
+
+def test_a_database_from_the_future_is_left_alone(database: Database) -> None:
+    with psycopg.connect(database.dsn) as conn:
+        conn.execute("insert into credits_migrations._yoyo_migration values ('hash', '9999.of-tomorrow', now())")
+    for command in (lambda: migrate.migrate(database.dsn), lambda: migrate.rollback(database.dsn)):
+        with pytest.raises(DeployError, match=r"9999\.of-tomorrow\. A newer version"):
+            command()
+
+
+def test_back_step_by_step_and_forth_again(database: Database) -> None:
+    with database.connect(autocommit=True) as conn:
+        client = Client(conn)
+        client.open_account("a")
+        client.grant_credits("a", 10, key="g")
+        client.spend("a", 3, key="s")
+        client.reserve("a", 2, "r")
     before = database.dump()
-    assert migrate.migrate(database.dsn) == []
+    for steps in range(1, len(ALL) + 1):
+        undone = [migrate.rollback(database.dsn) for _ in range(steps)]
+        assert undone == [[name] for name in reversed(ALL[-steps:])]
+        with database.admin() as admin:
+            routines = (
+                "select count(*) from pg_proc where pronamespace = any (array[to_regnamespace('credits')]::oid[])"
+            )
+            assert admin.execute(routines).fetchone() == (0,)
+        assert migrate.migrate(database.dsn) == ALL[-steps:]
+        assert database.dump() == before
+    assert migrate.rollback(database.dsn, None) == ALL[::-1]
+    with database.admin() as admin:
+        assert (
+            admin.execute("select to_regnamespace('credits'), to_regnamespace('credits_api')").fetchone() == (None,) * 2
+        )
+    assert migrate.rollback(database.dsn, None) == []
+    assert migrate.migrate(database.dsn) == ALL
     assert database.dump() == before
+
+
+def test_a_rollback_that_fails_changes_nothing(database: Database, home: Path) -> None:
+    (home / "migrations" / f"{ALL[0]}.rollback.sql").write_text("drop table credits.no_such_table;")
+    before = database.dump()
+    with pytest.raises(DeployError, match=r"0001\.house\.rollback\.sql, line|0001\.house\.rollback\.sql: "):
+        migrate.rollback(database.dsn, None, home)
+    assert database.dump() == before
+
+
+def test_the_rollback_command_asks(database: Database) -> None:
+    before = database.dump()
+    assert pgcredits("rollback", "--dsn", database.dsn).returncode == 1  # no answer is no consent
+    assert database.dump() == before
+    answer = pgcredits("rollback", "--all", "--yes", "--dsn", database.dsn)
+    assert answer.returncode == 0, answer.stderr
+    assert f"Taken back: {', '.join(reversed(ALL))}." in answer.stdout
+    assert "pgcredits migrate" in answer.stdout
+
+
+def test_one_file_installs_with_psql_alone(empty_database: Database, database: Database, tmp_path: Path) -> None:
+    file = tmp_path / "pgcredits.sql"
+    printed = pgcredits("sql")
+    assert printed.returncode == 0, printed.stderr
+    file.write_text(printed.stdout)
+    psql = ("psql", "--no-psqlrc", "--quiet", "-f", str(file), "--dbname", empty_database.dsn)
+    empty_database.program(*psql)
+    assert empty_database.dump() == database.dump()
+    again = empty_database.program(*psql, check=False)
+    assert again.returncode != 0
+    assert "pgcredits is installed here already" in again.stderr
+    assert migrate.migrate(empty_database.dsn) == []
+    assert empty_database.dump() == database.dump()
+
+
+def test_yoyo_itself_reads_the_books(database: Database) -> None:
+    parts = conninfo_to_dict(database.dsn)
+    url = f"postgresql+psycopg://{parts['user']}:{parts['password']}@{parts['host']}:{parts['port']}/{parts['dbname']}"
+    with get_backend(f"{url}?{urlencode({'schema': 'credits_migrations'})}") as backend:
+        files = read_migrations(str(HOME / "migrations"))
+        assert [migration.id for migration in files] == ALL
+        assert list(backend.to_apply(files)) == []
+        assert len(backend.to_rollback(files)) == len(ALL)
+
+
+@pytest.fixture
+def stranger(empty_database: Database) -> Iterator[str]:
+    """A login without any right, which is gone with all it made after the test."""
+    name = f"stranger_{empty_database.name}"
+    with empty_database.admin() as admin:
+        admin.execute(f"create role {name} login password 'x'".encode())
+        yield name
+        admin.execute(f"reassign owned by {name} to postgres; drop owned by {name}; drop role {name}".encode())
+
+
+def test_missing_rights_come_with_advice(database: Database, empty_database: Database, stranger: str) -> None:
+    # database is there so that the roles of pgcredits are, too
+    dsn = make_conninfo(empty_database.dsn, user=stranger, password="x")
+
+    def refused() -> str:
+        with pytest.raises(DeployError) as failed:
+            migrate.migrate(dsn)
+        return str(failed.value).partition("advice: ")[2]
+
+    with empty_database.admin() as admin:
+        assert f'alter database "{empty_database.name}" owner to "{stranger}"' in refused()
+        admin.execute(f"alter database {empty_database.name} owner to {stranger}".encode())
+        assert f'alter role "{stranger}" createrole' in refused()
+        admin.execute(f"alter role {stranger} createrole".encode())
+        if admin.info.server_version >= 160000:  # before, CREATEROLE could have any role
+            ours = "credits_owner, credits_service, credits_user, credits_forwarder"
+            grant = f'grant {ours} to "{stranger}" with admin option'
+            assert grant in refused()
+            admin.execute(grant.encode())
+        assert migrate.migrate(dsn) == ALL

@@ -1,0 +1,5 @@
+"""`python -m pgcredits` is the command line too."""
+
+from pgcredits.cli import main
+
+main()
