@@ -1,0 +1,121 @@
+-- The clock, the errors, the settings and the checks of arguments: what every other file calls.
+
+create or replace function credits.now()
+returns timestamptz
+language sql
+as $$
+  select clock_timestamp()
+$$;
+comment on function credits.now() is
+'The engine''s clock, and its only source of time.
+
+Read after the lock of the account is taken, so that the moments of one account''s entries follow their numbers. Tests
+replace this function inside their own transaction to travel in time.';
+
+-- PTnnn is the HTTP status in PostgREST''s convention. RAISE refuses null options, and the message becomes a reason phrase.
+create or replace function credits._fail(
+  status integer,
+  code   text,
+  detail jsonb default null,
+  hint   text  default null
+)
+returns void
+language plpgsql
+as $$
+begin
+  raise exception using
+    errcode = 'PT' || _fail.status,
+    message = _fail.code,
+    detail  = coalesce(_fail.detail, '{}')::text,
+    hint    = coalesce(_fail.hint, _fail.code);
+end $$;
+
+insert into credits.settings as s (name, value, summary) values
+  ('reservation_max_age', '"24 hours"', 'How long after its reserve() a reservation may be kept open by extend().')
+on conflict (name) do update set summary = excluded.summary;
+
+create or replace function credits._setting(name text)
+returns jsonb
+language sql
+stable
+as $$
+  select s.value from credits.settings s where s.name = _setting.name
+$$;
+
+-- Amounts are numeric with at most 6 decimals; the upper bound also stops NaN and Infinity.
+create or replace function credits._is_amount(amount numeric)
+returns boolean
+language sql
+immutable
+as $$
+  select amount >= 0 and amount < 1e12 and amount = round(amount, 6)
+$$;
+
+create or replace function credits._check_amount(
+  amount numeric,
+  zero   boolean default false
+)
+returns numeric
+language plpgsql
+immutable
+as $$
+begin
+  if (credits._is_amount(_check_amount.amount) and (_check_amount.amount > 0 or _check_amount.zero)) is not true then
+    perform credits._fail(422, 'invalid_amount',
+      jsonb_build_object('amount', _check_amount.amount::text),
+      case when _check_amount.zero then 'An amount is a number from 0 to below 1e12 with at most 6 decimals.'
+           else 'An amount is a number above 0 and below 1e12 with at most 6 decimals.' end);
+  end if;
+  return trim_scale(_check_amount.amount);
+end $$;
+
+create or replace function credits._check_key(
+  key      text,
+  name     text,
+  max_size integer default 255
+)
+returns void
+language plpgsql
+immutable
+as $$
+begin
+  if (_check_key.key <> '' and length(_check_key.key) <= _check_key.max_size) is not true then
+    perform credits._fail(400, 'invalid_request',
+      jsonb_build_object('argument', _check_key.name, 'length', coalesce(length(_check_key.key), 0)),
+      format('%s is required: a text of 1 to %s characters, chosen by the caller, the same on every retry.',
+             _check_key.name, _check_key.max_size));
+  end if;
+end $$;
+
+create or replace function credits._check_metadata(metadata jsonb)
+returns void
+language plpgsql
+immutable
+as $$
+begin
+  if jsonb_typeof(_check_metadata.metadata) <> 'object' then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'metadata'),
+      'metadata is a JSON object.');
+  end if;
+end $$;
+
+create or replace function credits._check_same(
+  stored    jsonb,
+  given     jsonb,
+  operation text,
+  key       text
+)
+returns void
+language plpgsql
+immutable
+as $$
+begin
+  if _check_same.stored is distinct from _check_same.given then
+    perform credits._fail(409, 'idempotency_conflict',
+      jsonb_build_object('operation', _check_same.operation, 'key', _check_same.key,
+                         'first', _check_same.stored, 'now', _check_same.given),
+      'This key was used with other arguments. A retry repeats them; a new request takes a new key.');
+  end if;
+end $$;
+comment on function credits._check_same(jsonb, jsonb, text, text) is
+  'Compares fingerprints as jsonb, so that 5 equals 5.0.';

@@ -1,0 +1,477 @@
+-- Accounts: open, freeze, the balance as it is at this instant, and what has fallen due.
+-- Keeps: invariant 1 (a balance is the sum of its entries) and exact expiry: whoever locks an account first books what
+-- fell due, and whoever reads computes it. Lock order: the balances row, then grants in consumption order, then the rest.
+
+create or replace function credits.open_account(
+  account_id text,
+  kind       text  default null,
+  plan       text  default null,
+  email      text  default null,
+  metadata   jsonb default null
+)
+returns credits.account_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_print   jsonb := jsonb_strip_nulls(jsonb_build_object(
+                       'kind', open_account.kind, 'plan', open_account.plan, 'email', open_account.email,
+                       'metadata', open_account.metadata));
+  v_now     timestamptz := credits.now();
+  v_account credits.accounts;
+begin
+  perform credits._check_key(open_account.account_id, 'account_id', 200);
+  perform credits._check_metadata(open_account.metadata);
+  if open_account.kind not in ('user', 'organization') then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'kind'),
+      'kind is user or organization.');
+  end if;
+  if open_account.plan is not null
+     and not exists (select from credits.plans p where p.code = open_account.plan and p.active) then
+    perform credits._fail(404, 'plan_not_found', jsonb_build_object('plan', open_account.plan));
+  end if;
+
+  insert into credits.accounts as a (account_id, kind, plan, email, metadata, fingerprint, created_at)
+  values (open_account.account_id, coalesce(open_account.kind, 'user'), open_account.plan, open_account.email,
+          coalesce(open_account.metadata, '{}'), '{"kind": "user"}' || v_print, v_now)
+  on conflict on constraint accounts_pkey do nothing
+  returning a.* into v_account;
+
+  if not found then
+    select a.* into v_account from credits.accounts a where a.account_id = open_account.account_id;
+    if not v_account.fingerprint @> v_print then
+      perform credits._check_same(v_account.fingerprint, v_print, 'open_account', open_account.account_id);
+    end if;
+    return credits._account_result(v_account, true);
+  end if;
+
+  insert into credits.balances (account_id, hash)
+  values (open_account.account_id, sha256(convert_to(open_account.account_id, 'UTF8')));
+  perform credits._grant_plan_credits(open_account.account_id, open_account.plan, v_now);
+  return credits._account_result(v_account, false);
+end $$;
+comment on function credits.open_account(text, text, text, text, jsonb) is
+'Opens an account, once, and grants the first month of its plan.
+
+account_id is the product''s own key of a user or an organisation (1 to 200 characters), kind is user or organization.
+Opening it again returns the account as it is, marked replayed, as long as the arguments that are given are those of the
+first call.
+Errors: 400 invalid_request, 404 plan_not_found, 409 idempotency_conflict.';
+
+create or replace function credits.freeze_account(
+  account_id text,
+  reason     text default null
+)
+returns credits.account_result
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select credits._set_account_status(freeze_account.account_id, 'frozen', freeze_account.reason)
+$$;
+comment on function credits.freeze_account(text, text) is
+'Stops an account from spending, reserving and giving credits away.
+
+Credits may still arrive, work in flight may still be settled, and operators may still correct. Freezing twice changes
+nothing. The reason is kept in the account''s settings.
+Errors: 400 invalid_request, 404 account_not_found, 423 account_closed.';
+
+create or replace function credits.unfreeze_account(account_id text)
+returns credits.account_result
+language sql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select credits._set_account_status(unfreeze_account.account_id, 'active', null)
+$$;
+comment on function credits.unfreeze_account(text) is
+'Lets a frozen account spend again. Unfreezing an active account changes nothing.
+Errors: 400 invalid_request, 404 account_not_found, 423 account_closed.';
+
+create or replace function credits.get_balance(account_id text)
+returns credits.balance_result
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now     timestamptz := credits.now();
+  v_account credits.accounts := credits._account(get_balance.account_id);
+  v_balance credits.balances;
+  v_result  credits.balance_result;
+begin
+  select b.* into v_balance from credits.balances b where b.account_id = get_balance.account_id;
+
+  with lots as (
+    select l.*, l.remaining + l.held as live
+      from credits._lots_at(v_balance, v_now) l
+  ), next_expiry as (
+    select l.expires_at, sum(l.live) as amount
+      from lots l
+     where l.live > 0 and l.expires_at > v_now
+     group by l.expires_at
+     order by l.expires_at
+     limit 1
+  ), totals as (
+    select coalesce(sum(l.live), 0)                                   as balance,
+           coalesce(sum(l.held), 0)                                   as held,
+           coalesce(sum(l.remaining) filter (where l.scope is null), 0) as free
+      from lots l
+  )
+  select get_balance.account_id,
+         trim_scale(t.free - credits._debt_at(v_balance, v_now)),
+         trim_scale(t.held),
+         trim_scale(t.balance),
+         trim_scale(credits._debt_at(v_balance, v_now)),
+         v_account.status,
+         v_account.plan,
+         n.expires_at,
+         trim_scale(n.amount),
+         coalesce((select jsonb_object_agg(k.kind, trim_scale(k.live))
+                     from (select l.kind, sum(l.live) as live from lots l where l.live > 0 group by l.kind) k), '{}'),
+         coalesce((select jsonb_object_agg(c.capability, trim_scale(c.free))
+                     from (select u.capability, sum(l.remaining) as free
+                             from lots l, unnest(l.scope) u (capability)
+                            where l.remaining > 0
+                            group by u.capability) c), '{}'),
+         trim_scale(coalesce((select sum(g.amount) from credits.grants g
+                               where g.account_id = get_balance.account_id
+                                 and g.status = 'pending' and g.effective_at > v_now), 0)),
+         v_balance.entry_seq
+    into v_result
+    from totals t left join next_expiry n on true;
+  return v_result;
+end $$;
+comment on function credits.get_balance(text) is
+'The balance of an account at this instant, in credits.
+
+available is what can be spent now: balance - held - debt, without the credits that are scoped to capabilities. It is
+negative while there is debt. balance counts credits that are effective and not expired, exactly, however late the jobs
+run. by_kind splits balance by kind of grant, scoped shows the free credits of each capability, pending what starts later.
+Errors: 400 invalid_request, 404 account_not_found.';
+
+create or replace function credits.balance_at(
+  account_id text,
+  at         timestamptz
+)
+returns numeric
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_after  bigint := 0;  -- the last entry known not to be later than at
+  v_beyond bigint;       -- the first entry known to be later
+  v_middle bigint;
+begin
+  perform credits._account(balance_at.account_id);
+  if balance_at.at is null then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'at'), 'at is a moment.');
+  end if;
+  select b.entry_seq + 1 into v_beyond from credits.balances b where b.account_id = balance_at.account_id;
+
+  -- Entries are numbered without a gap and their moments follow their numbers, so halving finds the place.
+  while v_beyond - v_after > 1 loop
+    v_middle := (v_after + v_beyond) / 2;
+    if exists (select from credits.entries e
+                where e.account_id = balance_at.account_id and e.entry_seq = v_middle
+                  and e.created_at <= balance_at.at) then
+      v_after := v_middle;
+    else
+      v_beyond := v_middle;
+    end if;
+  end loop;
+  return coalesce((select e.balance_after from credits.entries e
+                    where e.account_id = balance_at.account_id and e.entry_seq = v_after), 0);
+end $$;
+comment on function credits.balance_at(text, timestamptz) is
+'The balance as the ledger knew it at a moment: balance_after of the last entry that was written by then, else 0.
+
+An expiry counts from when it was booked; get_balance is exact about the present.
+Errors: 400 invalid_request, 404 account_not_found.';
+
+-- Helpers -----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._account_result(
+  account  credits.accounts,
+  replayed boolean
+)
+returns credits.account_result
+language sql
+immutable
+as $$
+  select row((_account_result.account).account_id, (_account_result.account).kind, (_account_result.account).status, (_account_result.account).plan, (_account_result.account).email,
+             (_account_result.account).created_at, replayed)::credits.account_result
+$$;
+
+create or replace function credits._account(account_id text)
+returns credits.accounts
+language plpgsql
+stable
+as $$
+declare
+  v_account credits.accounts;
+begin
+  select a.* into v_account from credits.accounts a where a.account_id = _account.account_id;
+  if not found then
+    perform credits._fail_account(_account.account_id);
+  end if;
+  return v_account;
+end $$;
+
+create or replace function credits._fail_account(account_id text)
+returns void
+language plpgsql
+immutable
+as $$
+begin
+  perform credits._check_key(_fail_account.account_id, 'account_id', 200);
+  perform credits._fail(404, 'account_not_found', jsonb_build_object('account_id', _fail_account.account_id),
+    'Open it first: credits.open_account(account_id).');
+end $$;
+
+create or replace function credits._fail_status(
+  account_id text,
+  status     text
+)
+returns void
+language sql
+immutable
+as $$
+  select credits._fail(423, 'account_' || _fail_status.status,
+    jsonb_build_object('account_id', _fail_status.account_id, 'status', _fail_status.status),
+    'The account may not use credits while it is ' || _fail_status.status || '.')
+$$;
+
+create or replace function credits._set_account_status(
+  account_id text,
+  status     text,
+  reason     text
+)
+returns credits.account_result
+language plpgsql
+as $$
+declare
+  v_account credits.accounts;
+begin
+  perform credits._lock_account(_set_account_status.account_id);
+  v_account := credits._account(_set_account_status.account_id);
+  if v_account.status = 'closed' then
+    perform credits._fail_status(_set_account_status.account_id, v_account.status);
+  elsif v_account.status = _set_account_status.status then
+    return credits._account_result(v_account, true);
+  end if;
+  update credits.accounts a
+     set status   = _set_account_status.status,
+         settings = case when _set_account_status.reason is null then a.settings - 'status_reason'
+                         else a.settings || jsonb_build_object('status_reason', _set_account_status.reason) end
+   where a.account_id = _set_account_status.account_id
+  returning a.* into v_account;
+  return credits._account_result(v_account, false);
+end $$;
+
+-- The lock of everything that belongs to the account. "No key update" lets foreign-key checks of others pass.
+create or replace function credits._lock_account(account_id text)
+returns credits.balances
+language plpgsql
+as $$
+declare
+  v_balance credits.balances;
+begin
+  select b.* into v_balance
+    from credits.balances b
+   where b.account_id = _lock_account.account_id
+     for no key update;
+  if not found then
+    perform credits._fail_account(_lock_account.account_id);
+  end if;
+  if v_balance.next_due_at <= credits.now() then
+    v_balance := credits._book_due(v_balance);
+  end if;
+  return v_balance;
+end $$;
+
+-- Books what fell due, in the order in which it fell due, so that a late booking ends where a punctual one would.
+create or replace function credits._book_due(balance credits.balances)
+returns credits.balances
+language plpgsql
+as $$
+declare
+  v_now     timestamptz := credits.now();
+  v_balance credits.balances := _book_due.balance;
+  v_due     record;
+begin
+  for v_due in
+    select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as grant_id
+      from credits.reservations r
+     where r.account_id = v_balance.account_id and r.status = 'open'
+       and r.expires_at between v_balance.next_due_at and v_now
+    union all
+    select g.effective_at, 2, null, g.grant_id
+      from credits.grants g
+     where g.account_id = v_balance.account_id and g.status = 'pending' and g.effective_at <= v_now
+    union all
+    select g.expires_at, 3, null, g.grant_id
+      from credits.grants g
+     where g.account_id = v_balance.account_id and g.status in ('pending', 'active') and g.expires_at <= v_now
+    order by due_at, step, reservation_id, grant_id
+  loop
+    v_balance := case v_due.step
+      when 1 then credits._expire_reservation(v_balance, v_due.reservation_id)
+      when 2 then credits._start_grant(v_balance, v_due.grant_id)
+      else        credits._expire_grant(v_balance, v_due.grant_id) end;
+  end loop;
+
+  update credits.balances b
+     set next_due_at = credits._next_due_at(v_balance.account_id, v_now)
+   where b.account_id = v_balance.account_id
+  returning b.* into v_balance;
+  return v_balance;
+end $$;
+
+-- Reservations are looked at in the order of their deadlines, at most a hundred: the first open one, else the last of
+-- them, is early enough, and an account with a long tail of settled ones does not pay for it.
+create or replace function credits._next_due_at(
+  account_id text,
+  after      timestamptz
+)
+returns timestamptz
+language sql
+stable
+as $$
+  select least(
+    coalesce((select min(case when g.status = 'pending' then g.effective_at else g.expires_at end)
+                from credits.grants g
+               where g.account_id = _next_due_at.account_id and g.status in ('pending', 'active')), 'infinity'),
+    coalesce((select coalesce(min(r.expires_at) filter (where r.status = 'open'),
+                              max(r.expires_at) filter (where r.place = 100))
+                from (select t.expires_at, t.status, row_number() over (order by t.expires_at) as place
+                        from credits.reservations t
+                       where t.account_id = _next_due_at.account_id and t.expires_at > _next_due_at.after
+                       order by t.expires_at
+                       limit 100) r), 'infinity'))
+$$;
+
+-- What each lot would hold if everything due were booked at that moment. Debt is paid, in the order of time, by what
+-- became free; a lot whose time is over loses the rest.
+create or replace function credits._lots_at(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.lot
+language sql
+stable
+as $$
+  select g.grant_id, g.kind, g.scope, g.expires_at,
+         case when g.expires_at <= at then 0
+              else g.remaining + coalesce(f.returned, 0) - coalesce(f.paid, 0) end,
+         g.held - coalesce(f.returned, 0)
+    from credits.grants g
+    left join (select d.grant_id,
+                      sum(d.amount) filter (where d.returned) as returned,
+                      sum(d.paid)                             as paid
+                 from credits._freed_at(balance, at) d
+                group by d.grant_id) f on f.grant_id = g.grant_id
+   where g.account_id = (_lots_at.balance).account_id
+     and g.effective_at <= at
+     and (g.status in ('pending', 'active') or g.held > 0)
+$$;
+
+-- The credits that become free between the last booking and the moment, and the debt that each of them pays.
+create or replace function credits._freed_at(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.freed_slice
+language sql
+stable
+as $$
+  with freed as (
+    select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as started, s.grant_id, s.amount,
+           true as returned
+      from credits.reservations r, unnest(r.grant_ids, r.grant_amounts) s (grant_id, amount)
+     where r.account_id = (_freed_at.balance).account_id and r.status = 'open'
+       and r.expires_at between (_freed_at.balance).next_due_at and at
+    union all
+    select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false
+      from credits.grants g
+     where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= at
+  )
+  select f.grant_id, f.amount, f.returned,
+         case when g.scope is null
+              then greatest(0, least(f.amount, (_freed_at.balance).debt - coalesce(sum(f.amount)
+                     filter (where g.scope is null) over (
+                       order by f.due_at, f.step, f.reservation_id, f.started, g.expires_at nulls last,
+                                g.priority, g.effective_at, g.grant_id
+                       rows between unbounded preceding and 1 preceding), 0)))
+              else 0 end
+    from freed f
+    join credits.grants g on g.account_id = (_freed_at.balance).account_id and g.grant_id = f.grant_id
+$$;
+
+create or replace function credits._debt_at(
+  balance credits.balances,
+  at      timestamptz
+)
+returns numeric
+language sql
+stable
+as $$
+  select (_debt_at.balance).debt - case when (_debt_at.balance).debt = 0 or (_debt_at.balance).next_due_at > at then 0
+                               else coalesce((select sum(d.paid) from credits._freed_at(balance, at) d), 0) end
+$$;
+
+-- The row as it is now, for whoever holds its lock.
+create or replace function credits._balance(account_id text)
+returns credits.balances
+language sql
+stable
+as $$
+  select b.* from credits.balances b where b.account_id = _balance.account_id
+$$;
+
+-- May use credits. Read after the lock, in a statement of its own, so that a freeze that came first is seen.
+create or replace function credits._check_active(account_id text)
+returns void
+language plpgsql
+stable
+as $$
+declare
+  v_status text := (select a.status from credits.accounts a where a.account_id = _check_active.account_id);
+begin
+  if v_status <> 'active' then
+    perform credits._fail_status(_check_active.account_id, v_status);
+  end if;
+end $$;
+
+-- May receive credits: a frozen account may, a closed one not.
+create or replace function credits._check_open(account_id text)
+returns void
+language plpgsql
+stable
+as $$
+begin
+  if exists (select from credits.accounts a where a.account_id = _check_open.account_id and a.status = 'closed') then
+    perform credits._fail_status(_check_open.account_id, 'closed');
+  end if;
+end $$;
+
+-- Plans allot their credits a month at a time; these expire when the month ends.
+create or replace function credits._grant_plan_credits(
+  account_id text,
+  plan       text,
+  start_at   timestamptz
+)
+returns void
+language sql
+as $$
+  select credits._grant(_grant_plan_credits.account_id, p.monthly_credits, 'plan',
+           expires_at  => (_grant_plan_credits.start_at at time zone 'UTC' + interval '1 month') at time zone 'UTC',
+           description => p.name,
+           source      => 'plan:' || p.code)
+    from credits.plans p
+   where p.code = _grant_plan_credits.plan and p.monthly_credits > 0
+$$;

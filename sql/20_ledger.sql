@@ -1,0 +1,194 @@
+-- The ledger: the chart of accounts, the entries and their chain of hashes. _post() is the only writer of entries.
+-- Keeps: invariants 1 to 3 and 6 (sums, numbers, identity of a lot, one use of a key). Lock order: see 10_accounts.sql.
+
+-- The chart of accounts. Every kind touches the customer's credits or debt on one side, which gives it its sign.
+with listed (kind, debit, credit, summary) as (values
+  ('grant',        'issued',           'customer_credits', 'Credits came in.'),
+  ('spend',        'customer_credits', 'used',             'Credits were used at once.'),
+  ('capture',      'customer_credits', 'used',             'A part of a reservation was used.'),
+  ('settle',       'customer_credits', 'used',             'The last part of a reservation was used.'),
+  ('overdraft',    'customer_debt',    'used',             'A reservation used more than there was, on credit.'),
+  ('refund',       'used',             'customer_credits', 'Used credits were given back.'),
+  ('expire',       'customer_credits', 'breakage',         'Credits ran out of time.'),
+  ('revoke',       'customer_credits', 'clawed_back',      'Granted credits were taken back.'),
+  ('clawback',     'customer_debt',    'clawed_back',      'Granted credits were to be taken back, but were used.'),
+  ('debt_paid',    'customer_credits', 'customer_debt',    'Credits paid a debt.'),
+  ('transfer_out', 'customer_credits', 'transfers',        'Credits were given to another account.'),
+  ('transfer_in',  'transfers',        'customer_credits', 'Credits came from another account.'),
+  ('adjust',       'adjustments',      'customer_credits', 'An operator corrected the balance, up or down.')
+), kept as (
+  insert into credits.entry_kinds as k (kind, debit, credit, summary)
+  select l.kind, l.debit, l.credit, l.summary from listed l
+  on conflict (kind) do update set debit = excluded.debit, credit = excluded.credit, summary = excluded.summary
+)
+delete from credits.entry_kinds k where k.kind not in (select l.kind from listed l);
+
+create or replace view credits.trial_balance as
+with posted as (
+  select k.debit, k.credit,
+         case 'customer_credits' when k.credit then e.amount when k.debit then -e.amount else e.debt end as amount
+    from credits.entries e
+    join credits.entry_kinds k on k.kind = e.kind
+), sides as (
+  select p.debit as account, p.amount as debit, 0 as credit from posted p
+  union all
+  select p.credit, 0, p.amount from posted p
+)
+select s.account, sum(s.debit) as debit, sum(s.credit) as credit, sum(s.debit) - sum(s.credit) as balance
+  from sides s
+ group by s.account;
+comment on view credits.trial_balance is
+  'Debits and credits of each ledger account over all entries, in credits. The balances always sum to zero.';
+
+create or replace function credits.history(
+  account_id text,
+  before_seq bigint  default null,
+  max_rows   integer default 50,
+  kinds      text[]  default null
+)
+returns setof credits.history_result
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  perform credits._account(history.account_id);
+  if history.max_rows not between 1 and 1000 then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
+      'max_rows is from 1 to 1000; page on with before_seq.');
+  end if;
+  return query
+    select e.entry_seq, e.created_at, e.kind, e.amount, e.debt, e.balance_after, e.available_after,
+           e.description, e.subject, e.member_id, e.capability, e.reservation_id, e.operation, e.key,
+           (select coalesce(jsonb_agg(jsonb_build_object('grant_id', s.grant_id, 'amount', s.amount) order by s.place), '[]')
+              from unnest(e.grant_ids, e.grant_amounts) with ordinality s (grant_id, amount, place)),
+           e.metadata
+      from credits.entries e
+     where e.account_id = history.account_id
+       and e.entry_seq < coalesce(history.before_seq, 9223372036854775807)
+       and (history.kinds is null or e.kind = any (history.kinds))
+     order by e.entry_seq desc
+     limit coalesce(history.max_rows, 50);
+end $$;
+comment on function credits.history(text, bigint, integer, text[]) is
+'A page of an account''s entries, the latest first.
+
+Page on with before_seq = the last entry_seq seen. kinds limits it to some kinds of entries (see entry_kinds). max_rows is
+1 to 1000, 50 by default.
+Errors: 400 invalid_request, 404 account_not_found.';
+
+-- Helpers -------------------------------------------------------------------------------------------------------------
+
+-- The only writer of entries. The caller holds the lock of the account, has moved its grants, and passes its row.
+create or replace function credits._post(
+  balance credits.balances,
+  entry   credits.entries,
+  slices  credits.slices,
+  held    numeric default 0
+)
+returns credits.entries
+language plpgsql
+as $$
+declare
+  v_entry credits.entries := _post.entry;
+  v_debt  numeric;
+begin
+  v_entry.debt            := coalesce(v_entry.debt, 0);
+  v_debt                  := (_post.balance).debt + v_entry.debt;
+  v_entry.entry_seq       := (_post.balance).entry_seq + 1;
+  v_entry.created_at      := credits.now();
+  v_entry.balance_after   := trim_scale((_post.balance).balance + v_entry.amount);
+  v_entry.available_after := trim_scale(coalesce((_post.slices).left_free, credits._free(v_entry.account_id)) - v_debt);
+  v_entry.grant_ids       := coalesce((_post.slices).grant_ids, '{}');
+  v_entry.grant_amounts   := coalesce((_post.slices).amounts, '{}');
+  v_entry.metadata        := coalesce(v_entry.metadata, '{}');
+  v_entry.hash            := credits._entry_hash((_post.balance).hash, v_entry);
+
+  insert into credits.entries select (v_entry).*;
+
+  update credits.balances b
+     set balance   = v_entry.balance_after,
+         held      = b.held + _post.held,
+         debt      = v_debt,
+         entry_seq = v_entry.entry_seq,
+         hash      = v_entry.hash
+   where b.account_id = v_entry.account_id;
+  return v_entry;
+end $$;
+
+-- Credits without a scope that nothing holds.
+create or replace function credits._free(account_id text)
+returns numeric
+language sql
+stable
+as $$
+  select coalesce(sum(g.remaining), 0)
+    from credits.grants g
+   where g.account_id = _free.account_id and g.status = 'active' and g.scope is null
+$$;
+
+-- What the hash covers, in a form that any language can rebuild: money, order and time, and the key that asked for it.
+-- Descriptions, subjects, members and metadata stay outside, since personal data must be erasable.
+create or replace function credits._entry_text(entry credits.entries)
+returns text
+language sql
+stable
+as $$
+  select concat_ws('|',
+           (_entry_text.entry).entry_seq,
+           extract(epoch from (_entry_text.entry).created_at),
+           (_entry_text.entry).operation,
+           (_entry_text.entry).kind,
+           (_entry_text.entry).amount,
+           (_entry_text.entry).debt,
+           (_entry_text.entry).balance_after,
+           (_entry_text.entry).grant_ids,
+           (_entry_text.entry).grant_amounts,
+           coalesce((_entry_text.entry).key, ''))
+$$;
+
+create or replace function credits._entry_hash(
+  previous bytea,
+  entry    credits.entries
+)
+returns bytea
+language sql
+stable
+as $$
+  select credits._next_hash(null, _entry_hash.previous, credits._entry_text(_entry_hash.entry))
+$$;
+
+create or replace function credits._first_entry(
+  account_id  text,
+  operation   text,
+  key         text,
+  fingerprint jsonb
+)
+returns credits.entries
+language plpgsql
+stable
+as $$
+declare
+  v_entry credits.entries;
+begin
+  select e.* into v_entry
+    from credits.entries e
+   where e.account_id = _first_entry.account_id and e.operation = _first_entry.operation and e.key = _first_entry.key;
+  if found then
+    perform credits._check_same(v_entry.fingerprint, _first_entry.fingerprint, _first_entry.operation, _first_entry.key);
+  end if;
+  return v_entry;
+end $$;
+
+create or replace function credits._entry_result(
+  entry    credits.entries,
+  replayed boolean
+)
+returns credits.entry_result
+language sql
+immutable
+as $$
+  select row((_entry_result.entry).entry_seq, (_entry_result.entry).account_id, (_entry_result.entry).amount, (_entry_result.entry).debt, (_entry_result.entry).balance_after,
+             (_entry_result.entry).available_after, (_entry_result.entry).created_at, replayed)::credits.entry_result
+$$;

@@ -1,0 +1,456 @@
+-- Grants: lots of credits come in, start, end, and are clawed back.
+-- Keeps invariant 3: amount = remaining + held + consumed + expired + revoked. Lock order: see 10_accounts.sql.
+
+create or replace function credits.grant_credits(
+  account_id   text,
+  amount       numeric,
+  kind         text        default 'bonus',
+  expires_at   timestamptz default null,
+  effective_at timestamptz default null,
+  priority     integer     default null,
+  description  text        default null,
+  scope        text[]      default null,
+  key          text        default null,
+  metadata     jsonb       default null
+)
+returns credits.grant_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_amount numeric := credits._check_amount(grant_credits.amount);
+  v_print  jsonb   := jsonb_strip_nulls(jsonb_build_object(
+                        'amount', v_amount, 'kind', grant_credits.kind, 'expires_at', grant_credits.expires_at,
+                        'effective_at', grant_credits.effective_at, 'priority', grant_credits.priority,
+                        'description', grant_credits.description, 'scope', grant_credits.scope,
+                        'metadata', grant_credits.metadata));
+begin
+  perform credits._check_key(grant_credits.key, 'key');
+  return credits._grant(
+    account_id   => grant_credits.account_id,
+    amount       => v_amount,
+    kind         => coalesce(grant_credits.kind, 'bonus'),
+    expires_at   => grant_credits.expires_at,
+    effective_at => grant_credits.effective_at,
+    priority     => grant_credits.priority,
+    description  => grant_credits.description,
+    scope        => grant_credits.scope,
+    key          => grant_credits.key,
+    fingerprint  => v_print,
+    metadata     => grant_credits.metadata);
+end $$;
+comment on function credits.grant_credits(text, numeric, text, timestamptz, timestamptz, integer, text, text[], text, jsonb) is
+'Adds a grant of credits to an account.
+
+kind is plan, trial, promo, bonus, gift or purchase and sets the default priority (10, 15, 20, 20, 25, 30; lower is spent
+first). The credits are usable in [effective_at, expires_at); effective_at defaults to now, expires_at to never. scope
+limits them to some capabilities. An open debt is paid from them first. key is required.
+Errors: 400 invalid_request, 404 account_not_found, 409 idempotency_conflict, 422 invalid_amount, 423 account_closed.';
+
+create or replace function credits.revoke_grant(
+  account_id text,
+  grant_id   bigint,
+  amount     numeric default null,
+  reason     text    default null,
+  key        text    default null
+)
+returns credits.entry_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_print   jsonb := jsonb_strip_nulls(jsonb_build_object(
+                       'grant_id', revoke_grant.grant_id, 'amount', trim_scale(revoke_grant.amount),
+                       'reason', revoke_grant.reason));
+  v_balance credits.balances;
+  v_entry   credits.entries;
+begin
+  perform credits._check_key(revoke_grant.key, 'key');
+  v_balance := credits._lock_account(revoke_grant.account_id);
+  v_entry   := credits._first_entry(revoke_grant.account_id, 'revoke_grant', revoke_grant.key, v_print);
+  if v_entry.entry_seq is not null then
+    return credits._revoke_result(revoke_grant.account_id, revoke_grant.key, true);
+  end if;
+  v_entry.account_id  := revoke_grant.account_id;
+  v_entry.operation   := 'revoke_grant';
+  v_entry.key         := revoke_grant.key;
+  v_entry.fingerprint := v_print;
+  v_entry.description := revoke_grant.reason;
+  perform credits._revoke(v_balance, v_entry, revoke_grant.grant_id, revoke_grant.amount);
+  return credits._revoke_result(revoke_grant.account_id, revoke_grant.key, false);
+end $$;
+comment on function credits.revoke_grant(text, bigint, numeric, text, text) is
+'Claws a grant back, or a part of it: first what is left of it, and what was spent or is held becomes debt.
+
+amount defaults to all that can still be revoked: amount - expired - what was revoked or turned into debt before. Debt is
+paid at once from the account''s other free credits, then by whatever comes next, each time as an entry of its own. A
+pending grant is cut before it starts. amount is what was taken, as a negative number, debt what became debt. key is
+required.
+Errors: 400 invalid_request, 404 account_not_found, grant_not_found, 409 idempotency_conflict, 422 invalid_amount.';
+
+create or replace function credits.adjust(
+  account_id text,
+  amount     numeric,
+  reason     text default null,
+  key        text default null
+)
+returns credits.entry_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_amount  numeric := credits._check_amount(abs(adjust.amount)) * sign(adjust.amount);
+  v_print   jsonb   := jsonb_strip_nulls(jsonb_build_object('amount', v_amount, 'reason', adjust.reason));
+  v_balance credits.balances;
+  v_entry   credits.entries;
+  v_slices  credits.slices;
+  v_grant   credits.grants;
+begin
+  perform credits._check_key(adjust.key, 'key');
+  v_balance := credits._lock_account(adjust.account_id);
+  v_entry   := credits._first_entry(adjust.account_id, 'adjust', adjust.key, v_print);
+  if v_entry.entry_seq is not null then
+    return credits._entry_result(v_entry, true);
+  end if;
+
+  if v_amount > 0 then
+    v_grant  := credits._insert_grant(adjust.account_id, v_amount, 'bonus', credits.now(),
+                                      description => adjust.reason, source => 'adjust');
+    v_slices := credits._slice(v_grant.grant_id, v_amount);
+  else
+    v_slices := credits._take(v_balance, -v_amount);
+  end if;
+  v_entry.account_id  := adjust.account_id;
+  v_entry.kind        := 'adjust';
+  v_entry.operation   := 'adjust';
+  v_entry.key         := adjust.key;
+  v_entry.fingerprint := v_print;
+  v_entry.amount      := v_amount;
+  v_entry.description := adjust.reason;
+  v_entry := credits._post(v_balance, v_entry, v_slices);
+  perform credits._tidy(v_entry.account_id);
+  return credits._entry_result(v_entry, false);
+end $$;
+comment on function credits.adjust(text, numeric, text, text) is
+'Corrects a balance by a signed amount, in an operator''s name.
+
+A positive amount becomes a grant of kind bonus without expiry; a negative one is taken in the order of consumption and
+never goes below what is available. key is required.
+Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, 409 idempotency_conflict, 422 invalid_amount.';
+
+-- Helpers -------------------------------------------------------------------------------------------------------------
+
+create or replace function credits._default_priority(kind text)
+returns integer
+language sql
+immutable
+as $$
+  select case kind when 'plan' then 10 when 'trial' then 15 when 'promo' then 20 when 'bonus' then 20
+                   when 'gift' then 25 when 'purchase' then 30 end
+$$;
+
+create or replace function credits._check_grant(
+  kind         text,
+  effective_at timestamptz,
+  expires_at   timestamptz,
+  scope        text[],
+  priority     integer
+)
+returns void
+language plpgsql
+immutable
+as $$
+declare
+  v_wrong text := case
+    when credits._default_priority(_check_grant.kind) is null then 'kind'
+    when not isfinite(_check_grant.effective_at) then 'effective_at'
+    when not isfinite(_check_grant.expires_at) or _check_grant.expires_at <= _check_grant.effective_at then 'expires_at'
+    when cardinality(_check_grant.scope) = 0 or array_position(_check_grant.scope, null) is not null then 'scope' end;
+begin
+  if v_wrong is not null then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', v_wrong),
+      'kind is plan, trial, promo, bonus, gift or purchase; expires_at is later than now and than effective_at; scope names capabilities.');
+  end if;
+end $$;
+
+-- The one way in: public grants, plans, purchases. Replays by the grant's own key, since a grant that starts later has
+-- no entry yet.
+create or replace function credits._grant(
+  account_id    text,
+  amount        numeric,
+  kind          text,
+  expires_at    timestamptz default null,
+  effective_at  timestamptz default null,
+  priority      integer     default null,
+  description   text        default null,
+  scope         text[]      default null,
+  source        text        default null,
+  cost          bigint      default null,
+  cost_currency text        default null,
+  key           text        default null,
+  fingerprint   jsonb       default null,
+  metadata      jsonb       default null
+)
+returns credits.grant_result
+language plpgsql
+as $$
+declare
+  v_balance credits.balances := credits._lock_account(_grant.account_id);
+  v_now     timestamptz := credits.now();
+  v_grant   credits.grants;
+begin
+  select g.* into v_grant from credits.grants g where g.account_id = _grant.account_id and g.key = _grant.key;
+  if found then
+    perform credits._check_same(v_grant.fingerprint, _grant.fingerprint, 'grant_credits', _grant.key);
+    return credits._grant_result(v_grant, true);
+  end if;
+
+  perform credits._check_metadata(_grant.metadata);
+  perform credits._check_grant(_grant.kind, coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.scope,
+                               _grant.priority);
+  if _grant.expires_at <= v_now then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'expires_at'),
+      'A grant cannot have ended before it is made.');
+  end if;
+  perform credits._check_open(_grant.account_id);
+
+  v_grant := credits._insert_grant(_grant.account_id, _grant.amount, _grant.kind,
+    coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.priority, _grant.description, _grant.scope,
+    _grant.source, _grant.cost, _grant.cost_currency, _grant.key, _grant.fingerprint, _grant.metadata);
+  if v_grant.effective_at <= v_now then
+    perform credits._start_grant(v_balance, v_grant.grant_id);
+  end if;
+  return credits._grant_result(v_grant, false);
+end $$;
+
+create or replace function credits._insert_grant(
+  account_id    text,
+  amount        numeric,
+  kind          text,
+  effective_at  timestamptz,
+  expires_at    timestamptz default null,
+  priority      integer     default null,
+  description   text        default null,
+  scope         text[]      default null,
+  source        text        default null,
+  cost          bigint      default null,
+  cost_currency text        default null,
+  key           text        default null,
+  fingerprint   jsonb       default null,
+  metadata      jsonb       default null
+)
+returns credits.grants
+language plpgsql
+as $$
+declare
+  v_now   timestamptz := credits.now();
+  v_grant credits.grants;
+begin
+  insert into credits.grants as g (account_id, kind, status, priority, amount, remaining, effective_at, expires_at,
+    created_at, scope, source, cost, cost_currency, description, key, fingerprint, metadata)
+  values (_insert_grant.account_id, _insert_grant.kind,
+    case when _insert_grant.effective_at <= v_now then 'active' else 'pending' end,
+    coalesce(_insert_grant.priority, credits._default_priority(_insert_grant.kind)),
+    _insert_grant.amount, _insert_grant.amount, _insert_grant.effective_at, _insert_grant.expires_at, v_now,
+    _insert_grant.scope, _insert_grant.source, _insert_grant.cost, _insert_grant.cost_currency,
+    _insert_grant.description, _insert_grant.key, _insert_grant.fingerprint, coalesce(_insert_grant.metadata, '{}'))
+  returning g.* into v_grant;
+
+  update credits.balances b
+     set next_due_at = least(b.next_due_at, v_grant.expires_at,
+                             case v_grant.status when 'pending' then v_grant.effective_at end)
+   where b.account_id = v_grant.account_id
+     and b.next_due_at > least(v_grant.expires_at, case v_grant.status when 'pending' then v_grant.effective_at end);
+  return v_grant;
+end $$;
+
+-- The credits of a grant come into effect.
+create or replace function credits._start_grant(
+  balance  credits.balances,
+  grant_id bigint
+)
+returns credits.balances
+language plpgsql
+as $$
+declare
+  v_grant credits.grants;
+  v_entry credits.entries;
+begin
+  update credits.grants g
+     set status = 'active'
+   where g.account_id = (_start_grant.balance).account_id and g.grant_id = _start_grant.grant_id
+  returning g.* into v_grant;
+  v_entry.account_id  := v_grant.account_id;
+  v_entry.kind        := 'grant';
+  v_entry.operation   := 'grant';
+  v_entry.key         := v_grant.key;
+  v_entry.fingerprint := v_grant.fingerprint;
+  v_entry.amount      := v_grant.remaining;
+  v_entry.description := v_grant.description;
+  v_entry.metadata    := v_grant.metadata;
+  perform credits._post(_start_grant.balance, v_entry, credits._slice(v_grant.grant_id, v_grant.remaining));
+  return credits._tidy(v_grant.account_id);
+end $$;
+
+-- The time of a grant is over: what is left of it is booked as breakage, what is held stays with its reservations.
+create or replace function credits._expire_grant(
+  balance  credits.balances,
+  grant_id bigint
+)
+returns credits.balances
+language plpgsql
+as $$
+declare
+  v_grant credits.grants;
+  v_entry credits.entries;
+begin
+  select g.* into v_grant
+    from credits.grants g
+   where g.account_id = (_expire_grant.balance).account_id and g.grant_id = _expire_grant.grant_id;
+  update credits.grants g
+     set remaining = 0, expired = g.expired + g.remaining, status = 'expired'
+   where g.account_id = v_grant.account_id and g.grant_id = v_grant.grant_id and g.status = 'active';
+  if v_grant.remaining = 0 then
+    return _expire_grant.balance;
+  end if;
+  v_entry.account_id  := v_grant.account_id;
+  v_entry.kind        := 'expire';
+  v_entry.operation   := 'expire';
+  v_entry.amount      := -v_grant.remaining;
+  v_entry.description := v_grant.description;
+  perform credits._post(_expire_grant.balance, v_entry, credits._slice(v_grant.grant_id, v_grant.remaining));
+  return credits._balance(v_grant.account_id);
+end $$;
+
+create or replace function credits._revoke(
+  balance  credits.balances,
+  entry    credits.entries,
+  grant_id bigint,
+  amount   numeric
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_entry  credits.entries := _revoke.entry;
+  v_grant  credits.grants;
+  v_left   numeric;
+  v_amount numeric;
+  v_taken  numeric;
+begin
+  select g.* into v_grant
+    from credits.grants g
+   where g.account_id = (_revoke.balance).account_id and g.grant_id = _revoke.grant_id;
+  if not found then
+    perform credits._fail(404, 'grant_not_found', jsonb_build_object('grant_id', _revoke.grant_id));
+  end if;
+  v_left   := v_grant.amount - v_grant.expired - v_grant.revoked - v_grant.owed;
+  v_amount := credits._check_amount(coalesce(_revoke.amount, greatest(v_left, 0)));
+  if v_amount > v_left then
+    perform credits._fail(422, 'invalid_amount', jsonb_build_object('amount', v_amount, 'revocable', greatest(v_left, 0)),
+      'At most what has not expired and was not clawed back before can be revoked.');
+  end if;
+
+  v_taken := least(v_amount, v_grant.remaining);
+  if v_grant.status = 'pending' then
+    perform credits._post_early(_revoke.balance, v_grant, v_taken);
+  end if;
+  update credits.grants g
+     set remaining = g.remaining - v_taken,
+         revoked   = g.revoked + v_taken,
+         owed      = g.owed + v_amount - v_taken,
+         status    = case when v_taken > 0 and g.remaining = v_taken and g.held = 0 then 'revoked' else g.status end
+   where g.account_id = v_grant.account_id and g.grant_id = v_grant.grant_id;
+
+  if v_taken > 0 then
+    v_entry.kind   := 'revoke';
+    v_entry.amount := -v_taken;
+    v_entry := credits._post(credits._balance(v_grant.account_id), v_entry,
+                             credits._slice(v_grant.grant_id, v_taken));
+  end if;
+  if v_amount > v_taken then
+    perform credits._post_clawback(v_entry, v_grant.grant_id, v_amount - v_taken);
+  end if;
+  perform credits._tidy(v_grant.account_id);
+end $$;
+
+-- What is revoked of a grant that has not started comes in and goes out at once, so that the ledger tells of it.
+create or replace function credits._post_early(
+  balance credits.balances,
+  lot     credits.grants,
+  amount  numeric
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_entry credits.entries;
+begin
+  v_entry.account_id  := (_post_early.balance).account_id;
+  v_entry.kind        := 'grant';
+  v_entry.operation   := 'grant';
+  v_entry.amount      := _post_early.amount;
+  v_entry.description := (_post_early.lot).description;
+  perform credits._post(_post_early.balance, v_entry, credits._slice((_post_early.lot).grant_id, _post_early.amount));
+end $$;
+
+-- The part of a clawback that was spent. It carries the key if no entry before it does.
+create or replace function credits._post_clawback(
+  revoked  credits.entries,
+  grant_id bigint,
+  debt     numeric
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_entry credits.entries := _post_clawback.revoked;
+begin
+  if v_entry.entry_seq is not null then
+    v_entry.key         := null;
+    v_entry.fingerprint := null;
+  end if;
+  v_entry.kind   := 'clawback';
+  v_entry.amount := 0;
+  v_entry.debt   := _post_clawback.debt;
+  perform credits._post(credits._balance(v_entry.account_id), v_entry,
+                        row(array[_post_clawback.grant_id], array[_post_clawback.debt], 0, null, null)::credits.slices);
+end $$;
+
+-- The answer to a revoke, made from its entries alone, so that a replay says the same.
+create or replace function credits._revoke_result(
+  account_id text,
+  key        text,
+  replayed   boolean
+)
+returns credits.entry_result
+language sql
+stable
+as $$
+  select row(f.entry_seq, f.account_id, f.amount, coalesce(c.debt, f.debt), coalesce(c.balance_after, f.balance_after),
+             coalesce(c.available_after, f.available_after), f.created_at, _revoke_result.replayed)::credits.entry_result
+    from credits.entries f
+    left join credits.entries c
+      on c.account_id = f.account_id and c.entry_seq = f.entry_seq + 1 and c.kind = 'clawback' and c.key is null
+   where f.account_id = _revoke_result.account_id and f.operation = 'revoke_grant' and f.key = _revoke_result.key
+$$;
+
+create or replace function credits._grant_result(
+  lot      credits.grants,
+  replayed boolean
+)
+returns credits.grant_result
+language sql
+stable
+as $$
+  select row((_grant_result.lot).grant_id, (_grant_result.lot).account_id, (_grant_result.lot).kind, (_grant_result.lot).amount, (_grant_result.lot).priority, (_grant_result.lot).effective_at,
+             (_grant_result.lot).expires_at, e.entry_seq, e.balance_after, e.available_after, replayed)::credits.grant_result
+    from (select 1) one
+    left join lateral (
+      select n.entry_seq, n.balance_after, n.available_after
+        from credits.entries n
+       where n.account_id = (_grant_result.lot).account_id and n.operation = 'grant' and n.key = (_grant_result.lot).key) e on true
+$$;

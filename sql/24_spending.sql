@@ -1,0 +1,307 @@
+-- Spending, giving back, giving away.
+-- Keeps promise 1, never oversold: credits are chosen and taken under the lock of the account. Lock order: see
+-- 10_accounts.sql; a transfer locks its two accounts in the order of their ids.
+
+create or replace function credits.spend(
+  account_id  text,
+  amount      numeric,
+  description text  default null,
+  subject     text  default null,
+  member_id   text  default null,
+  capability  text  default null,
+  key         text  default null,
+  metadata    jsonb default null
+)
+returns credits.entry_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_amount  numeric := credits._check_amount(spend.amount);
+  v_print   jsonb   := credits._spend_print(v_amount, spend.description, spend.subject, spend.member_id,
+                                            spend.capability, spend.metadata);
+  v_balance credits.balances;
+  v_entry   credits.entries;
+  v_slices  credits.slices;
+begin
+  perform credits._check_key(spend.key, 'key');
+  perform credits._check_metadata(spend.metadata);
+  v_balance := credits._lock_account(spend.account_id);
+  v_entry   := credits._first_entry(spend.account_id, 'spend', spend.key, v_print);
+  if v_entry.entry_seq is not null then
+    return credits._entry_result(v_entry, true);
+  end if;
+
+  perform credits._check_active(spend.account_id);
+  v_slices := credits._take(v_balance, v_amount, spend.capability);
+  v_entry.account_id  := spend.account_id;
+  v_entry.kind        := 'spend';
+  v_entry.operation   := 'spend';
+  v_entry.key         := spend.key;
+  v_entry.fingerprint := v_print;
+  v_entry.amount      := -v_amount;
+  v_entry.subject     := spend.subject;
+  v_entry.member_id   := spend.member_id;
+  v_entry.capability  := spend.capability;
+  v_entry.description := spend.description;
+  v_entry.metadata    := spend.metadata;
+  return credits._entry_result(credits._post(v_balance, v_entry, v_slices), false);
+end $$;
+comment on function credits.spend(text, numeric, text, text, text, text, text, jsonb) is
+'Uses credits at once, all or nothing.
+
+subject names what they were used for in the product''s own words (book:42), member_id who used them. With a capability,
+grants that are scoped to it pay too. key is required: the same call with the same key answers with the first result,
+marked replayed.
+Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, 409 idempotency_conflict,
+422 invalid_amount, 423 account_frozen, account_closed.';
+
+create or replace function credits.refund_spend(
+  account_id text,
+  spend_key  text,
+  amount     numeric default null,
+  reason     text    default null,
+  key        text    default null
+)
+returns credits.entry_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_print   jsonb := jsonb_strip_nulls(jsonb_build_object(
+                       'spend_key', refund_spend.spend_key, 'amount', trim_scale(refund_spend.amount),
+                       'reason', refund_spend.reason));
+  v_balance credits.balances;
+  v_entry   credits.entries;
+  v_spend   credits.entries;
+  v_left    numeric;
+  v_amount  numeric;
+  v_slices  credits.slices;
+begin
+  perform credits._check_key(refund_spend.key, 'key');
+  perform credits._check_key(refund_spend.spend_key, 'spend_key');
+  v_balance := credits._lock_account(refund_spend.account_id);
+  v_entry   := credits._first_entry(refund_spend.account_id, 'refund_spend', refund_spend.key, v_print);
+  if v_entry.entry_seq is null then
+    v_spend := credits._charge(refund_spend.account_id, refund_spend.spend_key);
+    select -v_spend.amount - coalesce(sum(e.amount), 0) into v_left
+      from credits.entries e
+     where e.account_id = refund_spend.account_id and e.refunds_seq = v_spend.entry_seq;
+    v_amount := credits._check_amount(coalesce(refund_spend.amount, v_left));
+    if v_amount > v_left then
+      perform credits._fail(422, 'invalid_amount', jsonb_build_object('amount', v_amount, 'refundable', v_left),
+        'At most what was charged and not yet refunded can be given back.');
+    end if;
+
+    v_slices  := credits._refundable_slices(v_spend, -v_spend.amount - v_left, v_amount);
+    perform credits._give_back(refund_spend.account_id, v_slices, 'consumed');
+    v_entry.account_id     := refund_spend.account_id;
+    v_entry.kind           := 'refund';
+    v_entry.operation      := 'refund_spend';
+    v_entry.key            := refund_spend.key;
+    v_entry.fingerprint    := v_print;
+    v_entry.amount         := v_amount;
+    v_entry.refunds_seq    := v_spend.entry_seq;
+    v_entry.reservation_id := v_spend.reservation_id;
+    v_entry.subject        := v_spend.subject;
+    v_entry.member_id      := v_spend.member_id;
+    v_entry.capability     := v_spend.capability;
+    v_entry.description    := refund_spend.reason;
+    v_entry   := credits._post(v_balance, v_entry, v_slices);
+    perform credits._tidy(v_entry.account_id);
+    return credits._entry_result(v_entry, false);
+  end if;
+  return credits._entry_result(v_entry, true);
+end $$;
+comment on function credits.refund_spend(text, text, numeric, text, text) is
+'Gives used credits back to the very grants that paid.
+
+spend_key is the key of a spend or a capture, or the reservation_id of a settle. amount defaults to all that is not yet
+refunded; several refunds of one charge never exceed it. What returns pays an open debt first; what belongs to a grant
+that has expired meanwhile expires at once. Credits that were charged into debt are not refunded by it. key is required.
+Errors: 400 invalid_request, 404 account_not_found, spend_not_found, 409 idempotency_conflict, 422 invalid_amount.';
+
+create or replace function credits.transfer_credits(
+  from_account_id text,
+  to_account_id   text,
+  amount          numeric,
+  description     text  default null,
+  key             text  default null,
+  metadata        jsonb default null
+)
+returns credits.transfer_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_amount numeric := credits._check_amount(transfer_credits.amount);
+  v_print  jsonb   := jsonb_strip_nulls(jsonb_build_object(
+                        'amount', v_amount, 'to_account_id', transfer_credits.to_account_id,
+                        'description', transfer_credits.description, 'metadata', transfer_credits.metadata));
+  v_from   credits.balances;
+  v_to     credits.balances;
+  v_entry  credits.entries;
+  v_slices credits.slices;
+begin
+  perform credits._check_key(transfer_credits.key, 'key');
+  perform credits._check_metadata(transfer_credits.metadata);
+  if transfer_credits.from_account_id = transfer_credits.to_account_id then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'to_account_id'),
+      'Credits go to another account.');
+  end if;
+
+  if transfer_credits.from_account_id < transfer_credits.to_account_id collate "C" then
+    v_from := credits._lock_account(transfer_credits.from_account_id);
+    v_to   := credits._lock_account(transfer_credits.to_account_id);
+  else
+    v_to   := credits._lock_account(transfer_credits.to_account_id);
+    v_from := credits._lock_account(transfer_credits.from_account_id);
+  end if;
+
+  v_entry := credits._first_entry(transfer_credits.from_account_id, 'transfer', transfer_credits.key, v_print);
+  if v_entry.entry_seq is not null then
+    return credits._transfer_result(v_entry, transfer_credits.to_account_id, true);
+  end if;
+
+  perform credits._check_active(transfer_credits.from_account_id);
+  perform credits._check_open(transfer_credits.to_account_id);
+  v_slices := credits._take(v_from, v_amount);
+  v_entry.account_id  := transfer_credits.from_account_id;
+  v_entry.kind        := 'transfer_out';
+  v_entry.operation   := 'transfer';
+  v_entry.key         := transfer_credits.key;
+  v_entry.fingerprint := v_print;
+  v_entry.amount      := -v_amount;
+  v_entry.description := transfer_credits.description;
+  v_entry.metadata    := transfer_credits.metadata;
+  v_entry := credits._post(v_from, v_entry, v_slices);
+  perform credits._receive_gift(v_to, v_entry);
+  return credits._transfer_result(v_entry, transfer_credits.to_account_id, false);
+end $$;
+comment on function credits.transfer_credits(text, text, numeric, text, text, jsonb) is
+'Gives credits to another account, as grants of kind gift that keep the expiry and the cost of what was given.
+
+Only credits without a scope can be given. The receiver''s debt is paid first. key is required, and belongs to the giver.
+Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, 409 idempotency_conflict,
+422 invalid_amount, 423 account_frozen, account_closed.';
+
+-- Helpers -------------------------------------------------------------------------------------------------------------
+
+-- The charge that a key names: of a spend, else of a settled reservation, else of a capture.
+create or replace function credits._charge(
+  account_id text,
+  key        text
+)
+returns credits.entries
+language plpgsql
+stable
+as $$
+declare
+  v_entry credits.entries;
+begin
+  select e.* into v_entry
+    from credits.entries e
+   where e.account_id = _charge.account_id and e.key = _charge.key
+     and e.operation in ('spend', 'settle', 'capture') and e.amount < 0
+   order by array_position(array['spend', 'settle', 'capture'], e.operation)
+   limit 1;
+  if not found then
+    perform credits._fail(404, 'spend_not_found', jsonb_build_object('spend_key', _charge.key),
+      'Name the key of a spend or a capture, or the reservation_id of a settle.');
+  end if;
+  return v_entry;
+end $$;
+
+-- The last slices of the charge that are not yet refunded: what was taken last returns first.
+create or replace function credits._refundable_slices(
+  charge   credits.entries,
+  refunded numeric,
+  amount   numeric
+)
+returns credits.slices
+language sql
+immutable
+as $$
+  with slices as (
+    select s.grant_id, s.place,
+           sum(s.amount) over reverse - s.amount as before,
+           sum(s.amount) over reverse            as after
+      from unnest((_refundable_slices.charge).grant_ids, (_refundable_slices.charge).grant_amounts) with ordinality s (grant_id, amount, place)
+    window reverse as (order by s.place desc)
+  ), returned as (
+    select s.grant_id, s.place, least(s.after, refunded + amount) - greatest(s.before, refunded) as amount
+      from slices s
+  )
+  select row(array_agg(r.grant_id order by r.place desc), array_agg(r.amount order by r.place desc),
+             sum(r.amount), null, null)::credits.slices
+    from returned r
+   where r.amount > 0
+$$;
+
+-- What was given keeps the expiry and the cost of the grants it came from: no transfer makes credits live longer.
+create or replace function credits._receive_gift(
+  balance credits.balances,
+  given   credits.entries
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_gift  record;
+  v_grant credits.grants;
+  v_entry credits.entries;
+begin
+  for v_gift in
+    select g.expires_at, g.cost_currency, sum(s.amount) as amount, floor(sum(g.cost * s.amount / g.amount))::bigint as cost
+      from unnest((_receive_gift.given).grant_ids, (_receive_gift.given).grant_amounts) s (grant_id, amount)
+      join credits.grants g on g.account_id = (_receive_gift.given).account_id and g.grant_id = s.grant_id
+     group by g.expires_at, g.cost_currency
+     order by g.expires_at nulls last, g.cost_currency
+  loop
+    v_grant := credits._insert_grant((_receive_gift.balance).account_id, v_gift.amount, 'gift', credits.now(), v_gift.expires_at,
+      description => (_receive_gift.given).description, source => 'transfer:' || (_receive_gift.given).account_id,
+      cost => v_gift.cost, cost_currency => v_gift.cost_currency);
+    v_entry             := null;
+    v_entry.account_id  := v_grant.account_id;
+    v_entry.kind        := 'transfer_in';
+    v_entry.operation   := 'transfer';
+    v_entry.amount      := v_gift.amount;
+    v_entry.description := (_receive_gift.given).description;
+    v_entry.metadata    := (_receive_gift.given).metadata;
+    perform credits._post(credits._balance(v_grant.account_id), v_entry,
+                          credits._slice(v_grant.grant_id, v_gift.amount));
+  end loop;
+  perform credits._tidy((_receive_gift.balance).account_id);
+end $$;
+
+create or replace function credits._spend_print(
+  amount      numeric,
+  description text,
+  subject     text,
+  member_id   text,
+  capability  text,
+  metadata    jsonb
+)
+returns jsonb
+language sql
+immutable
+as $$
+  select jsonb_strip_nulls(jsonb_build_object('amount', amount, 'description', description, 'subject', subject,
+           'member_id', member_id, 'capability', capability, 'metadata', metadata))
+$$;
+
+create or replace function credits._transfer_result(
+  entry         credits.entries,
+  to_account_id text,
+  replayed      boolean
+)
+returns credits.transfer_result
+language sql
+immutable
+as $$
+  select row((_transfer_result.entry).entry_seq, (_transfer_result.entry).account_id, to_account_id, -(_transfer_result.entry).amount, (_transfer_result.entry).balance_after,
+             (_transfer_result.entry).available_after, (_transfer_result.entry).created_at, replayed)::credits.transfer_result
+$$;

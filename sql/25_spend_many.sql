@@ -1,0 +1,210 @@
+-- Thousands of spends in one call. Requests of accounts that can pay all of theirs are booked together, one statement
+-- per table; all others go one by one through spend(), which knows every error.
+-- Keeps what spend() keeps. Lock order: all accounts by account_id first.
+
+create or replace function credits.spend_many(requests jsonb)
+returns setof credits.spend_many_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_requests credits.spend_request[];
+begin
+  if (case jsonb_typeof(spend_many.requests) when 'array' then jsonb_array_length(spend_many.requests) <= 10000 end)
+     is not true then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'requests'),
+      'requests is a JSON array of at most 10000 objects.');
+  end if;
+  v_requests := credits._read_requests(spend_many.requests);
+  perform credits._lock_accounts(array(select distinct r.account_id from unnest(v_requests) r));
+  v_requests := credits._mark_simple(v_requests);
+  perform credits._spend_together(v_requests);
+  return query
+    select a.*
+      from unnest(v_requests) r,
+           lateral credits._spend_answer(r) a
+     order by r.position;
+end $$;
+comment on function credits.spend_many(jsonb) is
+'Uses credits for many requests in one transaction, one result per request, in their order.
+
+requests is an array of at most 10,000 objects with the arguments of spend: account_id, amount, key, and if wanted
+description, subject, member_id, capability, metadata. A request that is refused does not stop the others: its result has
+the status and code of the error that spend would raise, a booked one has status 200.
+Errors: 400 invalid_request, for the whole call.';
+
+create or replace function credits._read_requests(requests jsonb)
+returns credits.spend_request[]
+language sql
+immutable
+as $$
+  select coalesce(array_agg(row(
+           r.position, r.request ->> 'account_id',
+           case when r.request ->> 'amount' ~ '^[-+]?[0-9]{1,40}(\.[0-9]{0,40})?$'
+                then trim_scale((r.request ->> 'amount')::numeric) end,
+           r.request ->> 'description', r.request ->> 'subject', r.request ->> 'member_id',
+           r.request ->> 'capability', r.request ->> 'key', nullif(r.request -> 'metadata', 'null'), false
+         )::credits.spend_request order by r.position), '{}')
+    from jsonb_array_elements(_read_requests.requests) with ordinality r (request, position)
+$$;
+
+create or replace function credits._lock_accounts(account_ids text[])
+returns void
+language plpgsql
+as $$
+declare
+  v_balance credits.balances;
+  v_now     timestamptz;
+begin
+  perform
+    from credits.balances b
+   where b.account_id = any (_lock_accounts.account_ids)
+   order by b.account_id collate "C"
+     for no key update;
+  v_now := credits.now();
+  for v_balance in
+    select b.*
+      from credits.balances b
+     where b.account_id = any (_lock_accounts.account_ids) and b.next_due_at <= v_now
+  loop
+    perform credits._book_due(v_balance);
+  end loop;
+end $$;
+
+-- Simple: well formed, its key new, its account active and able to pay all of its simple requests.
+create or replace function credits._mark_simple(requests credits.spend_request[])
+returns credits.spend_request[]
+language sql
+stable
+as $$
+  with well_formed as (
+    select r.position, r.account_id, sum(r.amount) over (partition by r.account_id) as total
+      from (select q.*, count(*) over (partition by q.account_id, q.key) as uses
+              from unnest(_mark_simple.requests) q) r
+     where r.uses = 1 and r.capability is null
+       and r.key <> '' and length(r.key) <= 255
+       and credits._is_amount(r.amount) and r.amount > 0
+       and coalesce(jsonb_typeof(r.metadata), 'object') = 'object'
+       and not exists (select from credits.entries e
+                        where e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key)
+  ), payable as (
+    select a.account_id, sum(g.remaining) as free
+      from credits.accounts a
+      join credits.balances b on b.account_id = a.account_id and b.debt = 0
+      join credits.grants g on g.account_id = a.account_id and g.status = 'active' and g.scope is null
+     where a.account_id in (select w.account_id from well_formed w) and a.status = 'active'
+     group by a.account_id
+  )
+  select coalesce(array_agg(row(r.position, r.account_id, r.amount, r.description, r.subject, r.member_id, r.capability,
+           r.key, r.metadata, p.free is not null)::credits.spend_request order by r.position), '{}')
+    from unnest(_mark_simple.requests) r
+    left join well_formed w on w.position = r.position
+    left join payable p on p.account_id = w.account_id and p.free >= w.total
+$$;
+
+-- Lays the requests of each account and the credits of its grants along one line of credits: where a request and a grant
+-- overlap, the one is paid by the other.
+create or replace function credits._spend_together(requests credits.spend_request[])
+returns void
+language sql
+as $$
+  with requests as (
+    select r.*, b.entry_seq + row_number() over by_account as entry_seq,
+           b.balance - sum(r.amount) over by_account       as balance_after,
+           sum(r.amount) over by_account - r.amount        as before,
+           sum(r.amount) over by_account                   as upto,
+           b.hash                                          as head,
+           lead(r.position) over by_account is null        as is_last
+      from unnest(_spend_together.requests) r
+      join credits.balances b on b.account_id = r.account_id
+     where r.simple
+    window by_account as (partition by r.account_id order by r.position)
+  ), lots as (
+    select g.account_id, g.grant_id, g.remaining, row_number() over consumption as place,
+           sum(g.remaining) over consumption - g.remaining                      as before,
+           sum(g.remaining) over consumption                                    as upto,
+           sum(g.remaining) over (partition by g.account_id)                    as free
+      from credits.grants g
+     where g.account_id in (select r.account_id from requests r)
+       and g.status = 'active' and g.remaining > 0 and g.scope is null
+    window consumption as (partition by g.account_id
+                           order by g.priority, g.expires_at nulls last, g.effective_at, g.grant_id)
+  ), slices as (
+    select r.position, r.account_id, l.grant_id, l.place, l.free,
+           least(r.upto, l.upto) - greatest(r.before, l.before) as amount
+      from requests r
+      join lots l on l.account_id = r.account_id and l.before < r.upto and r.before < l.upto
+  ), paid as (
+    select s.position, min(s.free) as free, array_agg(s.grant_id order by s.place) as grant_ids,
+           array_agg(trim_scale(s.amount) order by s.place) as amounts
+      from slices s
+     group by s.position
+  ), drafts as (
+    select r.account_id, r.head, r.is_last, row(
+             r.entry_seq, credits.now(), r.account_id, 'spend', 'spend', r.key, -r.amount, 0,
+             trim_scale(r.balance_after), trim_scale(p.free - r.upto), p.grant_ids, p.amounts, null, null, null,
+             r.subject, r.member_id, null, r.description,
+             credits._spend_print(r.amount, r.description, r.subject, r.member_id, r.capability, r.metadata),
+             coalesce(r.metadata, '{}'))::credits.entries as entry
+      from requests r
+      join paid p on p.position = r.position
+  ), chained as (
+    select d.*, credits._hash_chain(d.head, credits._entry_text(d.entry))
+                  over (partition by d.account_id order by (d.entry).entry_seq) as hash
+      from drafts d
+  ), booked as (
+    insert into credits.entries (entry_seq, created_at, account_id, kind, operation, key, amount, debt, balance_after,
+      available_after, grant_ids, grant_amounts, hash, subject, member_id, description, fingerprint, metadata)
+    select (c.entry).entry_seq, (c.entry).created_at, (c.entry).account_id, (c.entry).kind, (c.entry).operation,
+           (c.entry).key, (c.entry).amount, (c.entry).debt, (c.entry).balance_after, (c.entry).available_after,
+           (c.entry).grant_ids, (c.entry).grant_amounts, c.hash, (c.entry).subject, (c.entry).member_id,
+           (c.entry).description, (c.entry).fingerprint, (c.entry).metadata
+      from chained c
+  ), consumed as (
+    update credits.grants g
+       set remaining = g.remaining - s.amount,
+           consumed  = g.consumed + s.amount,
+           status    = case when g.remaining = s.amount and g.held = 0 then 'exhausted' else g.status end
+      from (select t.account_id, t.grant_id, sum(t.amount) as amount from slices t group by t.account_id, t.grant_id) s
+     where g.account_id = s.account_id and g.grant_id = s.grant_id
+  )
+  update credits.balances b
+     set balance = (c.entry).balance_after, entry_seq = (c.entry).entry_seq, hash = c.hash
+    from chained c
+   where b.account_id = c.account_id and c.is_last
+$$;
+
+create or replace function credits._spend_answer(request credits.spend_request)
+returns credits.spend_many_result
+language plpgsql
+as $$
+declare
+  v_entry   credits.entries;
+  v_result  credits.entry_result;
+  v_code    text;
+  v_detail  text;
+begin
+  if (_spend_answer.request).simple then
+    select e.* into v_entry
+      from credits.entries e
+     where e.account_id = (_spend_answer.request).account_id and e.operation = 'spend'
+       and e.key = (_spend_answer.request).key;
+    v_result := credits._entry_result(v_entry, false);
+  else
+    v_result := credits.spend((_spend_answer.request).account_id, (_spend_answer.request).amount,
+      (_spend_answer.request).description, (_spend_answer.request).subject, (_spend_answer.request).member_id,
+      (_spend_answer.request).capability, (_spend_answer.request).key, (_spend_answer.request).metadata);
+  end if;
+  return row((_spend_answer.request).position, v_result.account_id, (_spend_answer.request).key, 200, null, null,
+             v_result.entry_seq, v_result.amount, v_result.balance, v_result.available, v_result.replayed
+           )::credits.spend_many_result;
+exception when others then
+  if sqlstate not like 'PT%' then
+    raise;
+  end if;
+  get stacked diagnostics v_code = message_text, v_detail = pg_exception_detail;
+  return row((_spend_answer.request).position, (_spend_answer.request).account_id, (_spend_answer.request).key,
+             substr(sqlstate, 3)::integer, v_code, v_detail::jsonb, null, null, null, null, null
+           )::credits.spend_many_result;
+end $$;

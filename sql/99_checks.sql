@@ -1,0 +1,53 @@
+-- The rules of the house, as a view that must be empty: migrate refuses to finish while it has rows.
+
+create or replace view credits.house_rule_violations as
+with functions as (
+  select p.*, n.nspname as schema, p.oid::pg_catalog.regprocedure::text as object
+    from pg_catalog.pg_proc p
+    join pg_catalog.pg_namespace n on n.oid = p.pronamespace
+   where n.nspname in ('credits', 'credits_api')
+), relations as (
+  select c.*, n.nspname as schema, c.oid::pg_catalog.regclass::text as object
+    from pg_catalog.pg_class c
+    join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+   where n.nspname in ('credits', 'credits_api')
+), granted as (
+  select f.*
+    from functions f
+   where pg_catalog.has_function_privilege('credits_service', f.oid, 'execute')
+      or pg_catalog.has_function_privilege('credits_user', f.oid, 'execute')
+)
+select 'search_path is not pinned' as finding, f.object
+  from functions f
+ where (f.prosecdef or f.object in (select g.object from granted g))
+   and not coalesce('search_path=pg_catalog, pg_temp' = any (f.proconfig), false)
+union all
+select 'definer in the exposed schema', f.object from functions f where f.prosecdef and f.schema = 'credits_api'
+union all
+select 'executable by everyone', f.object from functions f where pg_catalog.has_function_privilege('public', f.oid, 'execute')
+union all
+select 'internal but granted', g.object from granted g where g.proname like '\_%'
+union all
+select 'granted but without a comment', g.object from granted g where pg_catalog.obj_description(g.oid, 'pg_proc') is null
+union all
+select 'overloaded', f.schema || '.' || f.proname from functions f group by f.schema, f.proname having count(*) > 1
+union all
+select 'not owned by credits_owner', f.object from functions f
+ where pg_catalog.pg_get_userbyid(f.proowner) <> 'credits_owner'
+union all
+select 'table without row level security', r.object from relations r where r.relkind in ('r', 'p') and not r.relrowsecurity
+union all
+select 'table without a comment', r.object from relations r
+ where r.relkind in ('r', 'p', 'v') and pg_catalog.obj_description(r.oid, 'pg_class') is null
+union all
+select 'table in the exposed schema', r.object from relations r where r.relkind in ('r', 'p', 'f', 'm') and r.schema = 'credits_api'
+union all
+select 'view of the exposed schema without security_invoker', r.object from relations r
+ where r.relkind = 'v' and r.schema = 'credits_api'
+   and not coalesce(r.reloptions && '{security_invoker=on,security_invoker=true}', false)
+union all
+select 'handler does not exist', h.event_type || ': ' || h.handler
+  from credits.stripe_handlers h
+ where not exists (select from functions f where f.schema = 'credits' and f.proname = h.handler);
+comment on view credits.house_rule_violations is
+  'Breaches of the rules of the house. Must be empty: migrate refuses to finish while it has rows.';
