@@ -22,7 +22,7 @@ log = logging.getLogger("pgcredits.app")
 
 def create_app(settings: Settings) -> Starlette:
     """The ASGI application. It starts without a database and answers 503 until there is one."""
-    database = Database(settings.dsn, role=settings.role, size=settings.pool_size)
+    database = Database(settings.dsn, role=settings.role, size=settings.pool_size, wait=settings.pool_timeout)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -75,9 +75,7 @@ async def http_error(_: Request, error: Exception) -> Response:
     """404 and 405 in the form of all other errors."""
     assert isinstance(error, HTTPException)  # noqa: S101 - as above
     message = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    response = Refused(error.status_code, message, f"{error.detail}.").response()
-    response.headers.update(error.headers or {})
-    return response
+    return Refused(error.status_code, message, f"{error.detail}.", dict(error.headers or {})).response()
 
 
 async def unexpected(_: Request, __: Exception) -> Response:

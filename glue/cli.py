@@ -38,8 +38,16 @@ def main() -> None:
     try:
         cli()
     except known as error:
-        print(f"pgcredits: {str(error).strip()}", file=sys.stderr)
+        _complain(error)
         sys.exit(1)
+
+
+def _complain(error: Exception) -> None:
+    text = str(error).strip()
+    if isinstance(error, psycopg.Error) and error.diag.message_primary:
+        parts = (error.diag.message_primary, error.diag.message_hint, error.diag.message_detail)
+        text = " · ".join(part for part in parts if part)
+    print(f"pgcredits: {text}", file=sys.stderr, flush=True)
 
 
 @cli.command()
@@ -198,7 +206,7 @@ def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
         try:
             when_ready(f"http://{settings.host}:{listener.getsockname()[1]}")
         except (demo.DemoError, SettingsError, psycopg.Error) as error:
-            print(f"pgcredits: {str(error).strip()}", file=sys.stderr)
+            _complain(error)
 
     threading.Thread(target=announce, daemon=True).start()
     with listener:

@@ -1,5 +1,7 @@
 """Calls of SQL functions by name, from a pool (async, for the door) or on one connection (the command line)."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from psycopg import AsyncConnection, Connection, sql
@@ -64,23 +66,26 @@ class Database:
         Raises psycopg.Error (its sqlstate PTnnn is ours) or psycopg_pool.PoolTimeout.
         """
         query, parameters = statement(function, arguments)
-        async with self._pool.connection() as conn:
-            if self._role:
-                await conn.execute("select set_config('role', %s, true)", [self._role])
+        async with self._transaction() as conn:
             cursor = await conn.execute(query, parameters)
             return await cursor.fetchall()
 
     async def ready(self) -> str | None:
-        """None, or what keeps this process from doing its work."""
+        """None, or what keeps this process from doing its work. Raises as call does."""
+        async with self._transaction() as conn:
+            cursor = await conn.execute(
+                "select has_schema_privilege(n.oid, 'usage') as allowed, case when has_schema_privilege(n.oid, 'usage')"
+                " then to_regprocedure('credits.receive_stripe_event(text, text)') end as installed"
+                " from pg_namespace n where n.nspname = 'credits'"
+            )
+            row = await cursor.fetchone()
+        if row and not row["allowed"]:
+            return "this login may not use the schema credits; see PGCREDITS_ROLE"
+        return None if row and row["installed"] else "the schema is not there; run: pgcredits migrate"
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection[DictRow]]:
         async with self._pool.connection() as conn:
             if self._role:
                 await conn.execute("select set_config('role', %s, true)", [self._role])
-            row = await (
-                await conn.execute(
-                    "select to_regprocedure('credits.receive_stripe_event(text, text)') as installed,"
-                    " has_schema_privilege('credits', 'usage') as allowed where to_regnamespace('credits') is not null"
-                )
-            ).fetchone()
-        if not row or (row["allowed"] and not row["installed"]):
-            return "the schema is not there; run: pgcredits migrate"
-        return None if row["allowed"] else "this login may not use the schema credits; see PGCREDITS_ROLE"
+            yield conn

@@ -19,6 +19,7 @@ class Settings:
     dsn: str = field(default="", repr=False)  # it may hold a password
     role: str = ""
     pool_size: int = 10
+    pool_timeout: int = 5
     host: str = "127.0.0.1"
     port: int = 8080
     max_body: int = 1024 * 1024
@@ -33,6 +34,7 @@ class Settings:
             dsn=environment.get("PGCREDITS_DSN", cls.dsn),
             role=environment.get("PGCREDITS_ROLE", cls.role),
             pool_size=_number(environment, "PGCREDITS_POOL_SIZE", cls.pool_size, 1, 1000),
+            pool_timeout=_number(environment, "PGCREDITS_POOL_TIMEOUT", cls.pool_timeout, 1, 60),
             host=environment.get("PGCREDITS_HOST") or cls.host,
             port=_number(environment, "PGCREDITS_PORT", cls.port, 0, 65535),
             max_body=_number(environment, "PGCREDITS_MAX_BODY", cls.max_body, 1, 2**30),
