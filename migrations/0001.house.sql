@@ -13,15 +13,17 @@ begin
   end loop;
 end $$;
 
--- A member already, by way of another database of this cluster? Then there is nothing to grant, and perhaps no right to.
+-- May act as the owner already, by way of another database of this cluster? Then there is nothing to grant, and perhaps
+-- no right to. Since 16 the creator of a role is a member that may not act as it.
 do $$
+declare
+  v_right text := case when current_setting('server_version_num')::integer >= 160000 then 'set' else 'member' end;
 begin
-  if not (select r.rolsuper from pg_catalog.pg_roles r where r.rolname = current_user)
-     and not pg_catalog.pg_has_role(current_user, 'credits_owner', 'member') then
+  if not pg_catalog.pg_has_role(current_user, 'credits_owner', v_right) then
     execute format('grant credits_owner to %I', current_user);
   end if;
-  if not pg_catalog.pg_has_role('credits_forwarder', 'credits_user', 'member')
-     or not pg_catalog.pg_has_role('credits_forwarder', 'credits_service', 'member') then
+  if not pg_catalog.pg_has_role('credits_forwarder', 'credits_user', v_right)
+     or not pg_catalog.pg_has_role('credits_forwarder', 'credits_service', v_right) then
     grant credits_user, credits_service to credits_forwarder;
   end if;
 end $$;
