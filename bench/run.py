@@ -1,0 +1,154 @@
+"""`make bench`: how fast the ledger is on this machine, beside the least that any prepaid balance costs.
+
+The floor is one prepared statement with one UPDATE and one INSERT. It is measured before and after everything else, so
+the ratios hold also on a machine whose speed drifts. Speed is never a failure; a ledger that does not add up is.
+"""
+
+import json
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import psycopg
+import typer
+from cluster import BenchError, Database, find_install, given, prepare, private, settings
+from measure import BATCH, Bench, Cell, Operation
+from plans import explain
+from report import Report, machine
+from rich.console import Console
+
+from pgcredits import embedded, migrate
+
+FLOOR = Operation("floor", "floor.sql")
+SPEND = Operation("spend", "spend.sql", goal=0.5)
+PAIR = Operation("reserve + settle", "reserve_settle.sql", goal=0.28)
+READ = Operation("get_balance", "get_balance.sql")
+PURCHASE = Operation("Stripe purchase", "purchase.sql")
+MANY = Operation(f"spend_many of {BATCH}", "spend_many.sql", against="spend", goal=8, makes=BATCH)
+GROUPS = ("all", "hot", "many", "other", "chain")
+TABLES = ("balances", "grants", "reservations")
+
+
+def measure(bench: Bench, groups: list[str], clients: list[int]) -> list[Cell]:
+    """Everything but the chain's price, which breaks the ledger and comes last."""
+    cells: list[Cell] = []
+    for number in clients:
+        if "all" in groups:
+            cells += bench.alternate(FLOOR, [SPEND, PAIR], number)
+        if "hot" in groups:
+            cells += bench.alternate(FLOOR, [SPEND, PAIR], number, hot=True)
+    if "many" in groups:
+        cells += bench.alternate(SPEND, [MANY], 1)
+    for number in clients if "other" in groups else []:
+        cells += bench.alternate(FLOOR, [READ, PURCHASE], number)
+    return cells
+
+
+def measure_chain(bench: Bench, clients: list[int]) -> list[Cell]:
+    """Spends with the chain of hashes and without: in between, the function that computes it gives a constant."""
+    owner = bench.database.connect("credits_owner")
+    found = owner.execute(
+        "select pg_get_functiondef(p.oid), pg_get_function_arguments(p.oid) from pg_proc p"
+        " where p.proname = '_entry_hash' and p.pronamespace = 'credits'::regnamespace"
+    ).fetchall()
+    if len(found) != 1:
+        bench.said("the function credits._entry_hash is not there: the chain's price is not measured")
+        return []
+    original, arguments = found[0]
+    constant = (
+        f"create or replace function credits._entry_hash({arguments})"
+        " returns bytea language sql immutable as $$ select '\\x00'::bytea $$"
+    )
+    chained = Operation("spend", "spend.sql", before=lambda: execute(owner, original))
+    free = Operation("spend, no hashes", "spend.sql", against="spend", before=lambda: execute(owner, constant))
+    cells: list[Cell] = []
+    with owner:
+        for number in sorted({min(clients), max(clients)}):
+            cells += bench.alternate(chained, [free], number)
+    return cells
+
+
+def execute(conn: psycopg.Connection[Any], text: str) -> None:
+    """Execute a statement whose result nobody wants."""
+    conn.execute(text.encode())
+
+
+def hot_updates(conn: psycopg.Connection[Any]) -> dict[str, tuple[int, int]]:
+    """All updates so far, and those that were HOT."""
+    rows = conn.execute(
+        "select relname, n_tup_upd, n_tup_hot_upd from pg_stat_user_tables"
+        " where schemaname = 'credits' and relname = any (%s)",
+        [list(TABLES)],
+    ).fetchall()
+    return {name: (updates, hot) for name, updates, hot in rows}
+
+
+def main(
+    *,
+    seconds: Annotated[int, typer.Option(min=1, help="Seconds per line and round, after the warm-up.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="How often everything alternates with the floor.")] = 1,
+    warmup: Annotated[int, typer.Option(min=1, help="Seconds of each run that do not count.")] = 2,
+    quick: Annotated[bool, typer.Option("--quick", help="3 seconds, 1 of warm-up: to try things out.")] = False,
+    accounts: Annotated[int, typer.Option(min=1)] = 1000,
+    clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,8,16",
+    only: Annotated[str, typer.Option(help=f"Some of {','.join(GROUPS)}.")] = ",".join(GROUPS),
+    install: Annotated[str | None, typer.Option(help="Folder with bin/postgres, or 'packaged'.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the private server's folder is made.")] = None,
+    dsn: Annotated[str | None, typer.Option(help="An empty database to use instead of a private server.")] = None,
+    home: Annotated[Path, typer.Option(help="A checkout whose migrations/ and sql/ are measured.")] = migrate.HOME,
+    to_json: Annotated[Path | None, typer.Option("--json", help="Write the findings to this file.")] = None,
+    to_markdown: Annotated[Path | None, typer.Option("--markdown", help="The same, as Markdown.")] = None,
+    plans: Annotated[Path | None, typer.Option(help="Measure nothing; write the plans of the hot statements.")] = None,
+) -> None:
+    """Measure the ledger on a private PostgreSQL server that is made for it and removed afterwards."""
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    if quick:
+        seconds, warmup = 3, 1
+    groups, numbers = only.split(","), [int(number) for number in clients.split(",")]
+    if unknown := set(groups) - set(GROUPS):
+        raise BenchError(f"--only knows {', '.join(GROUPS)}, not {', '.join(sorted(unknown))}")
+    where: AbstractContextManager[Database] = nullcontext(given(dsn)) if dsn else private(find_install(install), data)
+    with console.status("starting the server") as status, where as database:
+        status.update(f"installing pgcredits, filling {accounts:,} accounts")
+        prepare(database, accounts, home)
+        if plans:
+            plans.write_text(explain(database))
+            console.print(f"The plans are in {plans}")
+            return
+        with database.admin() as admin:
+            bench = Bench(database, admin, accounts, seconds, rounds, warmup, status.update)
+            before = hot_updates(admin)
+            cells = measure(bench, groups, numbers)
+            after = hot_updates(admin)
+            status.update("audit()")
+            with database.connect() as conn:
+                wrong = [str(row) for row in conn.execute("select a from credits.audit() a limit 20").fetchall()]
+            if "chain" in groups:
+                cells += measure_chain(bench, numbers)
+            report = Report(
+                machine(),
+                settings(database),
+                {
+                    "place": database.where,
+                    "method": f"{accounts:,} accounts with 3 grants, pgbench -M prepared on the same machine,"
+                    f" {rounds} x {seconds} s a line after {warmup} s of warm-up, a checkpoint before each group",
+                },
+                cells,
+                {name: (after[name][0] - before[name][0], after[name][1] - before[name][1]) for name in TABLES},
+                wrong,
+            )
+    report.print(console)
+    if to_json:
+        to_json.write_text(json.dumps(report.json(), indent=2) + "\n")
+    if to_markdown:
+        to_markdown.write_text(report.markdown())
+    if wrong:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except (BenchError, embedded.EmbeddedError, migrate.DeployError, psycopg.Error) as error:
+        sys.exit(f"bench: {error}")
