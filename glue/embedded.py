@@ -16,7 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -86,33 +86,32 @@ def start(base: Path, install: Path | None = None, port: int = 0, conf: str = ""
     home = _reachable_home(base, run_as)
     install = _readable_install(install or packaged(), home, run_as)
     data = home / "postgres"
-    with _exclusive(data):
-        users = Path(f"{data}.users").open("w")  # noqa: SIM115 - held as long as the server is used
-        fcntl.flock(users, fcntl.LOCK_SH)
-        watcher = subprocess.Popen(
-            [sys.executable, "-m", "pgcredits.embedded", str(data), str(install), run_as or ""],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/",
-        )  # fmt: skip
-        server = Server(data, "", "", users, watcher)
-        try:
+    users = Path(f"{data}.users").open("w")  # noqa: SIM115 - held as long as the server is used
+    fcntl.flock(users, fcntl.LOCK_SH)
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "pgcredits.embedded", str(data), str(install), run_as or ""],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/",
+    )  # fmt: skip
+    server = Server(data, "", "", users, watcher)
+    try:
+        with _exclusive(data):
             control = _Control(install, data, run_as)
             passwords = _initialise(base, control, conf)
-            if not control.running():
-                control.start(port)
+            for _ in range(300):
+                if not control.running():
+                    control.start(port)
+                if _listens(control.port()):
+                    break
+                time.sleep(0.1)  # a server that was killed seems to run until init has buried it
+            address = make_conninfo(host="127.0.0.1", port=control.port())
             server.admin_dsn = make_conninfo(
-                host="127.0.0.1",
-                port=control.port(),
-                user="postgres",
-                password=passwords["postgres"],
-                dbname="postgres",
+                address, user="postgres", password=passwords["postgres"], dbname="postgres"
             )
+            server.dsn = make_conninfo(address, user=DATABASE, password=passwords[DATABASE], dbname=DATABASE)
             _create_database(server.admin_dsn, passwords[DATABASE])
-            server.dsn = make_conninfo(server.admin_dsn, user=DATABASE, password=passwords[DATABASE], dbname=DATABASE)
-        except BaseException:
-            users.close()
-            if watcher.stdin:
-                watcher.stdin.close()  # it waits for the lock that we hold, then stops what we started
-            raise
+    except BaseException:
+        server.stop()
+        raise
     _write_private(base / "dsn", server.dsn + "\n")
     return server
 
@@ -229,12 +228,21 @@ def _readable_install(install: Path, home: Path, run_as: str | None) -> Path:
         return install
     version = subprocess.run([install / "bin" / "postgres", "-V"], capture_output=True, text=True, check=True).stdout
     copy = home / f"programs-{version.split()[2]}"
+    libraries = install.parent.with_name(
+        f"{install.parent.name}.libs"
+    )  # where a wheel keeps them, three levels above bin
     with _exclusive(copy):
         if not copy.exists():
-            with tempfile.TemporaryDirectory(dir=home) as unfinished:
-                shutil.copytree(install, Path(unfinished) / "copy", symlinks=True)
-                (Path(unfinished) / "copy").rename(copy)
-    return copy
+            unfinished = copy.with_suffix(".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(install, unfinished / "package" / install.name)
+            if libraries.is_dir():
+                shutil.copytree(libraries, unfinished / libraries.name)
+            for path in (unfinished, *unfinished.rglob("*")):
+                mode = path.stat().st_mode
+                path.chmod(mode | 0o444 | (0o111 if mode & 0o100 else 0))
+            unfinished.rename(copy)
+    return copy / "package" / install.name
 
 
 def _may(user: str, test: str, path: Path) -> bool:
@@ -249,6 +257,11 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _write_private(path: Path, text: str) -> None:
