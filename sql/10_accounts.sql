@@ -320,7 +320,7 @@ begin
     order by due_at, step, reservation_id, grant_id
   loop
     v_balance := case v_due.step
-      when 1 then credits._expire_reservation(v_balance, v_due.reservation_id)
+      when 1 then credits._expire_reservation(v_balance.account_id, v_due.reservation_id)
       when 2 then credits._start_grant(v_balance, v_due.grant_id)
       else        credits._expire_grant(v_balance, v_due.grant_id) end;
   end loop;
@@ -427,11 +427,15 @@ $$;
 -- The row as it is now, for whoever holds its lock.
 create or replace function credits._balance(account_id text)
 returns credits.balances
-language sql
+language plpgsql
 stable
 as $$
-  select b.* from credits.balances b where b.account_id = _balance.account_id
-$$;
+declare
+  v_balance credits.balances;
+begin
+  select b.* into v_balance from credits.balances b where b.account_id = _balance.account_id;
+  return v_balance;
+end $$;
 
 -- May use credits. Read after the lock, in a statement of its own, so that a freeze that came first is seen.
 create or replace function credits._check_active(account_id text)

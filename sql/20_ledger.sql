@@ -91,26 +91,27 @@ returns credits.entries
 language plpgsql
 as $$
 declare
-  v_entry credits.entries := _post.entry;
-  v_debt  numeric;
+  v_balance credits.balances := _post.balance;
+  v_slices  credits.slices   := _post.slices;
+  v_entry   credits.entries  := _post.entry;
 begin
   v_entry.debt            := coalesce(v_entry.debt, 0);
-  v_debt                  := (_post.balance).debt + v_entry.debt;
-  v_entry.entry_seq       := (_post.balance).entry_seq + 1;
+  v_entry.entry_seq       := v_balance.entry_seq + 1;
   v_entry.created_at      := credits.now();
-  v_entry.balance_after   := trim_scale((_post.balance).balance + v_entry.amount);
-  v_entry.available_after := trim_scale(coalesce((_post.slices).left_free, credits._free(v_entry.account_id)) - v_debt);
-  v_entry.grant_ids       := coalesce((_post.slices).grant_ids, '{}');
-  v_entry.grant_amounts   := coalesce((_post.slices).amounts, '{}');
+  v_entry.balance_after   := trim_scale(v_balance.balance + v_entry.amount);
+  v_entry.available_after := trim_scale(coalesce(v_slices.left_free, credits._free(v_entry.account_id))
+                                        - v_balance.debt - v_entry.debt);
+  v_entry.grant_ids       := coalesce(v_slices.grant_ids, '{}');
+  v_entry.grant_amounts   := coalesce(v_slices.amounts, '{}');
   v_entry.metadata        := coalesce(v_entry.metadata, '{}');
-  v_entry.hash            := credits._entry_hash((_post.balance).hash, v_entry);
+  v_entry.hash            := credits._next_hash(null, v_balance.hash, credits._entry_text(v_entry));
 
-  insert into credits.entries select (v_entry).*;
+  insert into credits.entries values (v_entry.*);
 
   update credits.balances b
      set balance   = v_entry.balance_after,
-         held      = b.held + _post.held,
-         debt      = v_debt,
+         held      = v_balance.held + _post.held,
+         debt      = v_balance.debt + v_entry.debt,
          entry_seq = v_entry.entry_seq,
          hash      = v_entry.hash
    where b.account_id = v_entry.account_id;
@@ -120,13 +121,14 @@ end $$;
 -- Credits without a scope that nothing holds.
 create or replace function credits._free(account_id text)
 returns numeric
-language sql
+language plpgsql
 stable
 as $$
-  select coalesce(sum(g.remaining), 0)
-    from credits.grants g
-   where g.account_id = _free.account_id and g.status = 'active' and g.scope is null
-$$;
+begin
+  return coalesce((select sum(g.remaining)
+                     from credits.grants g
+                    where g.account_id = _free.account_id and g.status = 'active' and g.scope is null), 0);
+end $$;
 
 -- What the hash covers, in a form that any language can rebuild: money, order and time, and the key that asked for it.
 -- Descriptions, subjects, members and metadata stay outside, since personal data must be erasable.
@@ -146,17 +148,6 @@ as $$
            (_entry_text.entry).grant_ids,
            (_entry_text.entry).grant_amounts,
            coalesce((_entry_text.entry).key, ''))
-$$;
-
-create or replace function credits._entry_hash(
-  previous bytea,
-  entry    credits.entries
-)
-returns bytea
-language sql
-stable
-as $$
-  select credits._next_hash(null, _entry_hash.previous, credits._entry_text(_entry_hash.entry))
 $$;
 
 create or replace function credits._first_entry(

@@ -1,36 +1,49 @@
 -- Which grants pay, and what happens to credits that become free. All other files take and return credits through here.
 -- Keeps: the order of consumption, and that free credits pay a debt first. The caller holds the lock of the account.
 
--- Which grants pay: the order of consumption is here and nowhere else.
+-- Which grants pay: the order of consumption is here, in _choose_for_debt() and in spend_many's window, and the index
+-- grants_live is built for it. A loop, since it was measured to cost a third of the same thing with window functions.
 create or replace function credits._choose(
   account_id text,
   amount     numeric,
   capability text default null
 )
 returns credits.slices
-language sql
+language plpgsql
 stable
 as $$
-  with live as (
-    select g.grant_id, g.remaining, g.scope is null as free,
-           g.scope is null or _choose.capability = any (g.scope) as payable,
-           row_number() over consumption as place,
-           sum(g.remaining) filter (where g.scope is null or _choose.capability = any (g.scope)) over consumption as upto
+declare
+  v_slices credits.slices;
+  v_open   numeric := _choose.amount;
+  v_free   numeric := 0;
+  v_use    numeric;
+  v_lot    record;
+begin
+  v_slices.payable := 0;
+  for v_lot in
+    select g.grant_id, g.remaining, g.scope
       from credits.grants g
      where g.account_id = _choose.account_id and g.status = 'active' and g.remaining > 0
-    window consumption as (order by g.priority, g.expires_at nulls last, g.effective_at, g.grant_id)
-  ), taken as (
-    select l.*, case when l.payable
-                     then greatest(0, least(l.remaining, _choose.amount - (l.upto - l.remaining))) else 0 end as amount
-      from live l
-  )
-  select row(array_agg(t.grant_id order by t.place) filter (where t.amount > 0),
-             array_agg(t.amount order by t.place) filter (where t.amount > 0),
-             coalesce(sum(t.amount), 0),
-             coalesce(sum(t.remaining) filter (where t.payable), 0),
-             coalesce(sum(t.remaining - t.amount) filter (where t.free), 0))::credits.slices
-    from taken t
-$$;
+     order by g.priority, g.expires_at, g.effective_at, g.grant_id
+  loop
+    if v_lot.scope is null or _choose.capability = any (v_lot.scope) then
+      v_slices.payable := v_slices.payable + v_lot.remaining;
+      if v_open > 0 then
+        v_use              := least(v_open, v_lot.remaining);
+        v_open             := v_open - v_use;
+        v_slices.grant_ids := v_slices.grant_ids || v_lot.grant_id;
+        v_slices.amounts   := v_slices.amounts || v_use;
+        v_lot.remaining    := v_lot.remaining - v_use;
+      end if;
+    end if;
+    if v_lot.scope is null then
+      v_free := v_free + v_lot.remaining;
+    end if;
+  end loop;
+  v_slices.taken     := _choose.amount - v_open;
+  v_slices.left_free := v_free;
+  return v_slices;
+end $$;
 
 -- Debt is paid by what would be lost first. The order is independent of the moment, so late booking changes nothing.
 create or replace function credits._choose_for_debt(
@@ -67,20 +80,35 @@ as $$
   select row(array[_slice.grant_id], array[_slice.amount], _slice.amount, null, null)::credits.slices
 $$;
 
+-- Slices leave what remains of their grants and become consumed or held. One update per slice, and mostly there is one:
+-- an update of all by a list of ids would be planned anew on every call.
 create or replace function credits._consume(
   account_id text,
-  slices     credits.slices
+  slices     credits.slices,
+  part       text default 'consumed'
 )
 returns void
-language sql
+language plpgsql
 as $$
-  update credits.grants g
-     set remaining = g.remaining - s.amount,
-         consumed  = g.consumed + s.amount,
-         status    = case when g.remaining = s.amount and g.held = 0 then 'exhausted' else g.status end
-    from unnest((_consume.slices).grant_ids, (_consume.slices).amounts) s (grant_id, amount)
-   where g.account_id = _consume.account_id and g.grant_id = s.grant_id
-$$;
+declare
+  v_ids     bigint[]  := (_consume.slices).grant_ids;
+  v_amounts numeric[] := (_consume.slices).amounts;
+begin
+  for v_place in 1 .. cardinality(v_ids) loop
+    if _consume.part = 'held' then
+      update credits.grants g
+         set remaining = g.remaining - v_amounts[v_place],
+             held      = g.held + v_amounts[v_place]
+       where g.account_id = _consume.account_id and g.grant_id = v_ids[v_place];
+    else
+      update credits.grants g
+         set remaining = g.remaining - v_amounts[v_place],
+             consumed  = g.consumed + v_amounts[v_place],
+             status    = case when g.remaining = v_amounts[v_place] and g.held = 0 then 'exhausted' else g.status end
+       where g.account_id = _consume.account_id and g.grant_id = v_ids[v_place];
+    end if;
+  end loop;
+end $$;
 
 -- All or nothing: chooses and consumes.
 create or replace function credits._take(
@@ -114,23 +142,23 @@ as $$
     'Top up, or use less.')
 $$;
 
--- Slices return from where they were, consumed or held, to what remains of their grants.
+-- Consumed slices return to what remains of their grants.
 create or replace function credits._give_back(
   account_id text,
-  slices     credits.slices,
-  part       text
+  slices     credits.slices
 )
 returns void
-language sql
+language plpgsql
 as $$
-  update credits.grants g
-     set remaining = g.remaining + s.amount,
-         consumed  = g.consumed - case _give_back.part when 'consumed' then s.amount else 0 end,
-         held      = g.held - case _give_back.part when 'held' then s.amount else 0 end,
-         status    = 'active'
-    from unnest((_give_back.slices).grant_ids, (_give_back.slices).amounts) s (grant_id, amount)
-   where g.account_id = _give_back.account_id and g.grant_id = s.grant_id
-$$;
+begin
+  for v_place in 1 .. cardinality((_give_back.slices).grant_ids) loop
+    update credits.grants g
+       set remaining = g.remaining + (_give_back.slices).amounts[v_place],
+           consumed  = g.consumed - (_give_back.slices).amounts[v_place],
+           status    = 'active'
+     where g.account_id = _give_back.account_id and g.grant_id = (_give_back.slices).grant_ids[v_place];
+  end loop;
+end $$;
 
 -- After credits became free: they pay the debt first, and what is left in a grant whose time is over expires.
 create or replace function credits._tidy(account_id text)

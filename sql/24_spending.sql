@@ -46,7 +46,8 @@ begin
   v_entry.capability  := spend.capability;
   v_entry.description := spend.description;
   v_entry.metadata    := spend.metadata;
-  return credits._entry_result(credits._post(v_balance, v_entry, v_slices), false);
+  v_entry := credits._post(v_balance, v_entry, v_slices);
+  return credits._entry_result(v_entry, false);
 end $$;
 comment on function credits.spend(text, numeric, text, text, text, text, text, jsonb) is
 'Uses credits at once, all or nothing.
@@ -96,7 +97,7 @@ begin
     end if;
 
     v_slices  := credits._refundable_slices(v_spend, -v_spend.amount - v_left, v_amount);
-    perform credits._give_back(refund_spend.account_id, v_slices, 'consumed');
+    perform credits._give_back(refund_spend.account_id, v_slices);
     v_entry.account_id     := refund_spend.account_id;
     v_entry.kind           := 'refund';
     v_entry.operation      := 'refund_spend';
@@ -287,10 +288,12 @@ create or replace function credits._spend_print(
 )
 returns jsonb
 language sql
-immutable
+stable
 as $$
-  select jsonb_strip_nulls(jsonb_build_object('amount', amount, 'description', description, 'subject', subject,
-           'member_id', member_id, 'capability', capability, 'metadata', metadata))
+  select jsonb_strip_nulls(jsonb_build_object(
+           'amount', _spend_print.amount, 'description', _spend_print.description, 'subject', _spend_print.subject,
+           'member_id', _spend_print.member_id, 'capability', _spend_print.capability,
+           'metadata', _spend_print.metadata))
 $$;
 
 create or replace function credits._transfer_result(

@@ -7,11 +7,12 @@ create or replace function credits._next_hash(
   content  text
 )
 returns bytea
-language sql
-immutable
+language plpgsql
+stable
 as $$
-  select sha256(coalesce(_next_hash.state, _next_hash.head) || convert_to(_next_hash.content, 'UTF8'))
-$$;
+begin
+  return sha256(coalesce(_next_hash.state, _next_hash.head) || convert_to(_next_hash.content, 'UTF8'));
+end $$;
 
 create or replace aggregate credits._hash_chain(head bytea, content text) (
   sfunc = credits._next_hash,
@@ -201,9 +202,26 @@ begin
       from credits.trial_balance t
     having sum(t.balance) <> 0;
   return query
-    select 'entries_have_a_known_kind', e.account_id, jsonb_build_object('entry_seq', e.entry_seq, 'kind', e.kind)
+    select 'entries_are_well_formed', e.account_id, jsonb_build_object('entry_seq', e.entry_seq, 'kind', e.kind)
       from credits.entries e
-     where not exists (select from credits.entry_kinds k where k.kind = e.kind);
+     where not exists (select from credits.entry_kinds k where k.kind = e.kind)
+        or (e.amount = 0 and e.debt = 0)
+        or cardinality(e.grant_ids) <> cardinality(e.grant_amounts)
+        or num_nonnulls(e.key, e.fingerprint) = 1;
+  return query
+    select 'grants_are_well_formed', g.account_id, jsonb_build_object('grant_id', g.grant_id)
+      from credits.grants g
+     where g.expires_at <= g.effective_at
+        or g.owed + g.revoked > g.amount
+        or num_nonnulls(g.cost, g.cost_currency) = 1
+        or num_nonnulls(g.key, g.fingerprint) = 1;
+  return query
+    select 'reservations_are_well_formed', r.account_id, jsonb_build_object('reservation_id', r.reservation_id)
+      from credits.reservations r
+     where r.captured > r.amount
+        or (r.status = 'open') <> (r.closed_at is null)
+        or (r.status = 'settled') <> (r.actual is not null)
+        or (r.status <> 'open' and cardinality(r.grant_ids) > 0);
   return query
     select 'entries_and_reservations_have_an_account', n.account_id, '{}'::jsonb
       from (select e.account_id from credits.entries e union select r.account_id from credits.reservations r) n

@@ -48,7 +48,7 @@ begin
   if v_slices.taken < least(v_amount, credits._check_min_amount(reserve.min_amount)) or v_balance.debt > 0 then
     perform credits._fail_short(least(v_amount, reserve.min_amount), v_slices.payable - v_balance.debt);
   end if;
-  perform credits._hold(reserve.account_id, v_slices);
+  perform credits._consume(reserve.account_id, v_slices, 'held');
 
   v_now := credits.now();
   insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, min_amount,
@@ -179,16 +179,17 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_print   jsonb := jsonb_strip_nulls(jsonb_build_object('release', jsonb_build_object('reason', release.reason)));
-  v_balance credits.balances := credits._lock_account(release.account_id);
-  v_hold    credits.reservations := credits._reservation(release.account_id, release.reservation_id);
+  v_hold    credits.reservations;
 begin
+  perform credits._lock_account(release.account_id);
+  v_hold := credits._reservation(release.account_id, release.reservation_id);
   if v_hold.status = 'settled' then
     perform credits._fail_closed(v_hold);
   elsif v_hold.status = 'released' then
     perform credits._check_same(v_hold.closing -> 'request', v_print, 'release', release.reservation_id);
     return credits._settle_result(v_hold, true);
   elsif v_hold.status = 'open' then
-    v_balance := credits._return_hold(v_balance, v_hold, 'released', v_print);
+    perform credits._return_hold(v_hold, 'released', v_print);
   end if;
   return credits._settle_result(credits._reservation(release.account_id, release.reservation_id), false);
 end $$;
@@ -211,9 +212,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_ttl     interval := credits._check_ttl(coalesce(extend.ttl, '15 minutes'));
-  v_balance credits.balances := credits._lock_account(extend.account_id);
-  v_hold    credits.reservations := credits._reservation(extend.account_id, extend.reservation_id);
+  v_hold    credits.reservations;
 begin
+  perform credits._lock_account(extend.account_id);
+  v_hold := credits._reservation(extend.account_id, extend.reservation_id);
   if v_hold.status <> 'open' then
     perform credits._fail_closed(v_hold);
   end if;
@@ -303,7 +305,7 @@ create or replace function credits._reserve_print(
 )
 returns jsonb
 language sql
-immutable
+stable
 as $$
   select jsonb_strip_nulls(jsonb_build_object(
            'amount', _reserve_print.amount, 'ttl', _reserve_print.ttl, 'min_amount', _reserve_print.min_amount,
@@ -349,18 +351,6 @@ begin
     jsonb_build_object('reservation_id', (_fail_closed.hold).reservation_id, 'status', (_fail_closed.hold).status));
 end $$;
 
-create or replace function credits._hold(
-  account_id text,
-  slices     credits.slices
-)
-returns void
-language sql
-as $$
-  update credits.grants g
-     set remaining = g.remaining - s.amount, held = g.held + s.amount
-    from unnest((_hold.slices).grant_ids, (_hold.slices).amounts) s (grant_id, amount)
-   where g.account_id = _hold.account_id and g.grant_id = s.grant_id
-$$;
 
 -- The held slices, cut at an amount: the first ones are used, the rest stay.
 create or replace function credits._split(
@@ -368,38 +358,53 @@ create or replace function credits._split(
   amount numeric
 )
 returns credits.split
-language sql
+language plpgsql
 immutable
 as $$
-  with slices as (
-    select s.grant_id, s.place, s.amount,
-           greatest(0, least(s.amount, _split.amount - (sum(s.amount) over (order by s.place) - s.amount))) as used
-      from unnest((_split.hold).grant_ids, (_split.hold).grant_amounts) with ordinality s (grant_id, amount, place)
-  )
-  select row(row(array_agg(s.grant_id order by s.place) filter (where s.used > 0),
-                 array_agg(s.used order by s.place) filter (where s.used > 0),
-                 coalesce(sum(s.used), 0), null, null)::credits.slices,
-             row(array_agg(s.grant_id order by s.place) filter (where s.used < s.amount),
-                 array_agg(s.amount - s.used order by s.place) filter (where s.used < s.amount),
-                 coalesce(sum(s.amount - s.used), 0), null, null)::credits.slices)::credits.split
-    from slices s
-$$;
+declare
+  v_ids     bigint[]  := (_split.hold).grant_ids;
+  v_amounts numeric[] := (_split.hold).grant_amounts;
+  v_open    numeric   := _split.amount;
+  v_use     numeric;
+  v_used    credits.slices;
+  v_rest    credits.slices;
+begin
+  v_used.taken := 0;
+  v_rest.taken := 0;
+  for v_place in 1 .. cardinality(v_ids) loop
+    v_use  := least(v_open, v_amounts[v_place]);
+    v_open := v_open - v_use;
+    if v_use > 0 then
+      v_used.grant_ids := v_used.grant_ids || v_ids[v_place];
+      v_used.amounts   := v_used.amounts || v_use;
+      v_used.taken     := v_used.taken + v_use;
+    end if;
+    if v_use < v_amounts[v_place] then
+      v_rest.grant_ids := v_rest.grant_ids || v_ids[v_place];
+      v_rest.amounts   := v_rest.amounts || (v_amounts[v_place] - v_use);
+      v_rest.taken     := v_rest.taken + v_amounts[v_place] - v_use;
+    end if;
+  end loop;
+  return row(v_used, v_rest)::credits.split;
+end $$;
 
 create or replace function credits._use_held(
   account_id text,
   slices     credits.slices
 )
 returns void
-language sql
+language plpgsql
 as $$
-  update credits.grants g
-     set held     = g.held - s.amount,
-         consumed = g.consumed + s.amount,
-         status   = case when g.status = 'active' and g.remaining = 0 and g.held = s.amount then 'exhausted'
-                         else g.status end
-    from unnest((_use_held.slices).grant_ids, (_use_held.slices).amounts) s (grant_id, amount)
-   where g.account_id = _use_held.account_id and g.grant_id = s.grant_id
-$$;
+begin
+  for v_place in 1 .. cardinality((_use_held.slices).grant_ids) loop
+    update credits.grants g
+       set held     = g.held - (_use_held.slices).amounts[v_place],
+           consumed = g.consumed + (_use_held.slices).amounts[v_place],
+           status   = case when g.status = 'active' and g.remaining = 0 and g.held = (_use_held.slices).amounts[v_place]
+                           then 'exhausted' else g.status end
+     where g.account_id = _use_held.account_id and g.grant_id = (_use_held.slices).grant_ids[v_place];
+  end loop;
+end $$;
 
 create or replace function credits._reservation_entry(
   hold        credits.reservations,
@@ -446,39 +451,69 @@ as $$
 declare
   v_hold    credits.reservations := _settle.hold;
   v_balance credits.balances := _settle.balance;
-  v_split   credits.split    := credits._split(v_hold, _settle.amount);
-  v_slices  credits.slices   := v_split.used;
-  v_over    numeric          := _settle.amount - (v_split.used).taken;
-  v_debt    numeric          := 0;
-  v_held    numeric          := (v_split.used).taken + (v_split.rest).taken;
+  v_held    numeric := 0;
+  v_debt    numeric := 0;
+  v_slices  credits.slices;
   v_entry   credits.entries;
 begin
-  if v_slices.taken > 0 then
-    perform credits._use_held(v_hold.account_id, v_slices);
+  v_slices := credits._end_hold(v_hold, _settle.amount);
+  if v_hold.status = 'open' then
+    v_held := v_hold.amount - v_hold.captured;
   end if;
-  if (v_split.rest).taken > 0 then
-    perform credits._give_back(v_hold.account_id, v_split.rest, 'held');
-  end if;
-  if v_over > 0 then
-    v_slices := credits._take_overage(v_balance, v_hold, v_slices, v_over, _settle.policy);
+  if _settle.amount > v_slices.taken then
+    v_slices := credits._take_overage(v_balance, v_hold, v_slices, _settle.amount - v_slices.taken, _settle.policy);
     v_debt   := credits._overdraft(v_balance, _settle.amount - v_slices.taken, _settle.policy);
   end if;
 
   if v_slices.taken > 0 then
-    v_entry   := credits._post(v_balance,
-      credits._reservation_entry(v_hold, 'settle', v_hold.reservation_id, _settle.request, -v_slices.taken,
-                                 _settle.metadata),
-      v_slices, held => -v_held);
+    v_entry := credits._reservation_entry(v_hold, 'settle', v_hold.reservation_id, _settle.request, -v_slices.taken,
+                                          _settle.metadata);
+    v_entry := credits._post(v_balance, v_entry, v_slices, held => -v_held);
   elsif v_held > 0 then
     update credits.balances b set held = b.held - v_held where b.account_id = v_hold.account_id;
   end if;
   if v_debt > 0 then
     v_entry := credits._post_overdraft(v_hold, v_debt, _settle.request, v_entry.key is null);
   end if;
-  if (v_split.rest).taken > 0 then
-    v_balance := credits._tidy(v_hold.account_id);
+  if v_held > _settle.amount then
+    perform credits._tidy(v_hold.account_id);
   end if;
   return credits._close(v_hold, 'settled', _settle.request, _settle.amount, v_slices.taken + v_debt, v_entry.entry_seq);
+end $$;
+
+-- The first slices of a hold are used up to an amount, the others return. Answers with what was used.
+create or replace function credits._end_hold(
+  hold   credits.reservations,
+  amount numeric
+)
+returns credits.slices
+language plpgsql
+as $$
+declare
+  v_hold   credits.reservations := _end_hold.hold;
+  v_open   numeric := _end_hold.amount;
+  v_use    numeric;
+  v_slices credits.slices;
+begin
+  v_slices.taken := 0;
+  for v_place in 1 .. cardinality(v_hold.grant_ids) loop
+    v_use  := least(v_open, v_hold.grant_amounts[v_place]);
+    v_open := v_open - v_use;
+    update credits.grants g
+       set held      = g.held - v_hold.grant_amounts[v_place],
+           consumed  = g.consumed + v_use,
+           remaining = g.remaining + v_hold.grant_amounts[v_place] - v_use,
+           status    = case when v_use < v_hold.grant_amounts[v_place] then 'active'
+                            when g.status = 'active' and g.remaining = 0 and g.held = v_use then 'exhausted'
+                            else g.status end
+     where g.account_id = v_hold.account_id and g.grant_id = v_hold.grant_ids[v_place];
+    if v_use > 0 then
+      v_slices.grant_ids := v_slices.grant_ids || v_hold.grant_ids[v_place];
+      v_slices.amounts   := v_slices.amounts || v_use;
+      v_slices.taken     := v_slices.taken + v_use;
+    end if;
+  end loop;
+  return v_slices;
 end $$;
 
 -- What is available pays the overage, after what was held.
@@ -551,7 +586,6 @@ end $$;
 
 -- All of a hold returns: released by its owner, or run out.
 create or replace function credits._return_hold(
-  balance credits.balances,
   hold    credits.reservations,
   status  text,
   request jsonb default null
@@ -560,26 +594,27 @@ returns credits.balances
 language plpgsql
 as $$
 declare
-  v_slices  credits.slices := (credits._split(_return_hold.hold, 0)).rest;
+  v_hold    credits.reservations := _return_hold.hold;
   v_balance credits.balances;
 begin
-  perform credits._give_back((_return_hold.hold).account_id, v_slices, 'held');
-  update credits.balances b set held = b.held - v_slices.taken where b.account_id = (_return_hold.hold).account_id;
-  v_balance := credits._tidy((_return_hold.hold).account_id);
-  perform credits._close(_return_hold.hold, _return_hold.status, _return_hold.request);
+  perform credits._end_hold(v_hold, 0);
+  update credits.balances b set held = b.held - (v_hold.amount - v_hold.captured) where b.account_id = v_hold.account_id;
+  v_balance := credits._tidy(v_hold.account_id);
+  perform credits._close(v_hold, _return_hold.status, _return_hold.request);
   return v_balance;
 end $$;
 
 create or replace function credits._expire_reservation(
-  balance        credits.balances,
+  account_id     text,
   reservation_id text
 )
 returns credits.balances
-language sql
+language plpgsql
 as $$
-  select credits._return_hold(_expire_reservation.balance,
-           credits._reservation((_expire_reservation.balance).account_id, _expire_reservation.reservation_id), 'expired')
-$$;
+begin
+  return credits._return_hold(
+    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired');
+end $$;
 
 -- The reservation is the stored result of the call that closes it.
 create or replace function credits._close(
@@ -642,17 +677,31 @@ create or replace function credits._settle_result(
   replayed boolean
 )
 returns credits.settle_result
-language sql
+language plpgsql
 stable
 as $$
-  select row((_settle_result.hold).reservation_id, (_settle_result.hold).account_id,
-             case when (_settle_result.hold).status = 'open' and (_settle_result.hold).expires_at <= credits.now() then 'expired' else (_settle_result.hold).status end,
-             (_settle_result.hold).actual, (_settle_result.hold).charged, (_settle_result.hold).uncollected,
-             case when (_settle_result.hold).status = 'settled'
-                  then case when (_settle_result.hold).late then 0
-                            else greatest(0, trim_scale((_settle_result.hold).amount - (_settle_result.hold).captured - (_settle_result.hold).actual)) end
-                  when (_settle_result.hold).status = 'open' and (_settle_result.hold).expires_at > credits.now() then null
-                  else trim_scale((_settle_result.hold).amount - (_settle_result.hold).captured) end,
-             (_settle_result.hold).late, (_settle_result.hold).settle_seq, ((_settle_result.hold).closing ->> 'balance')::numeric,
-             ((_settle_result.hold).closing ->> 'available')::numeric, replayed)::credits.settle_result
-$$;
+declare
+  v_hold   credits.reservations := _settle_result.hold;
+  v_result credits.settle_result;
+begin
+  v_result.reservation_id := v_hold.reservation_id;
+  v_result.account_id     := v_hold.account_id;
+  v_result.status         := v_hold.status;
+  v_result.actual         := v_hold.actual;
+  v_result.charged        := v_hold.charged;
+  v_result.uncollected    := v_hold.uncollected;
+  v_result.late           := v_hold.late;
+  v_result.entry_seq      := v_hold.settle_seq;
+  v_result.balance        := v_hold.closing ->> 'balance';
+  v_result.available      := v_hold.closing ->> 'available';
+  v_result.replayed       := _settle_result.replayed;
+  if v_hold.status = 'open' and v_hold.expires_at <= credits.now() then
+    v_result.status := 'expired';
+  end if;
+  if v_hold.status = 'settled' and v_hold.late then
+    v_result.released := 0;
+  elsif v_result.status <> 'open' then
+    v_result.released := trim_scale(greatest(0, v_hold.amount - v_hold.captured - coalesce(v_hold.actual, 0)));
+  end if;
+  return v_result;
+end $$;
