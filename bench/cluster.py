@@ -41,6 +41,8 @@ class Database:
     admin_dsn: str
     pgbench: Path
     where: str
+    wal_folder: Path | None = None  # of a server on this machine whose files we may read
+    waldump: Path | None = None
 
     def connect(self, role: str | None = ROLE) -> Connection[Any]:
         """The owner's connection, acting as role; each statement is its own transaction."""
@@ -96,7 +98,10 @@ def private(install: Path, data: Path | None) -> Iterator[Database]:
             if server.data != socket:
                 raise BenchError(f"the user that runs the server cannot enter {folder}; see --data")
             admin_dsn = make_conninfo(admin_dsn, dbname=conninfo_to_dict(dsn)["dbname"])
-            yield Database(dsn, admin_dsn, pgbench, f"private server, Unix socket, data on {_filesystem(folder)}")
+            where = f"private server, Unix socket, data on {_filesystem(folder)}"
+            waldump = install / "bin" / "pg_waldump"
+            wal_folder = server.data / "pg_wal" if waldump.is_file() else None
+            yield Database(dsn, admin_dsn, pgbench, where, wal_folder, waldump)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

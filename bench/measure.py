@@ -1,6 +1,7 @@
-"""Runs pgbench and reads its log of transactions."""
+"""Runs pgbench, reads its log of transactions, and counts the WAL."""
 
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -39,7 +40,7 @@ class Sample:
     seconds: float
     latencies: list[float]
     wal_bytes: int
-    images_per_op: float
+    image_bytes: int | None
 
     @property
     def rate(self) -> float:
@@ -75,13 +76,14 @@ class Cell:
 
     @property
     def wal_bytes(self) -> float:
-        """WAL per operation after the warm-up."""
+        """WAL per operation, without the images of full pages where they could be told apart."""
         return sum(s.wal_bytes for s in self.samples) / sum(s.operations for s in self.samples)
 
     @property
-    def images(self) -> float:
-        """Images of full pages per operation, warm-up included."""
-        return mean(s.images_per_op for s in self.samples)
+    def image_bytes(self) -> float | None:
+        """Images of full pages per operation, in bytes: what a page costs when it first changes after a checkpoint."""
+        known = [s.image_bytes for s in self.samples if s.image_bytes is not None]
+        return sum(known) / sum(s.operations for s in self.samples) if len(known) == len(self.samples) else None
 
     def percentile(self, share: float) -> float:
         """A percentile of the latencies, in ms."""
@@ -126,7 +128,6 @@ class Bench:
                 "--log", f"--log-prefix={logs}/t", f"--file={HERE / operation.script}", "--define=first=1",
                 f"--define=last={1 if hot else self.accounts}", f"--define=batch={BATCH}",
             ]  # fmt: skip
-            images = self._images()
             with subprocess.Popen(
                 command, env=os.environ | self.database.environment(), text=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -138,7 +139,7 @@ class Bench:
                 except BaseException:
                     process.terminate()
                     raise
-            wal = self._wal() - wal
+            wal_bytes, image_bytes = self._wal_between(wal, self._wal())
             done = [line.split() for log in Path(logs).iterdir() for line in log.read_text().splitlines()]
         ends = [(int(t[4]) + int(t[5]) / 1e6, int(t[2]) / 1000) for t in done]
         counted = [latency for end, latency in ends if end >= warm]
@@ -148,14 +149,29 @@ class Bench:
             operations=len(counted) * operation.makes,
             seconds=max(end for end, _ in ends) - warm,
             latencies=counted,
-            wal_bytes=wal,
-            images_per_op=(self._images() - images) / (len(done) * operation.makes),
+            wal_bytes=wal_bytes,
+            image_bytes=image_bytes,
         )
 
-    def _wal(self) -> int:
-        row = self.admin.execute("select pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')").fetchone()
-        return int(row[0]) if row else 0
+    def _wal(self) -> str:
+        row = self.admin.execute("select pg_current_wal_flush_lsn()::text").fetchone()
+        return str(row[0]) if row else "0/0"
 
-    def _images(self) -> int:
-        row = self.admin.execute("select wal_fpi from pg_stat_wal").fetchone()
-        return int(row[0]) if row else 0
+    def _wal_between(self, start: str, end: str) -> tuple[int, int | None]:
+        """Bytes of records and of images of full pages; of everything and None where we cannot read the files."""
+        if start != end and self.database.waldump and self.database.wal_folder:
+            command = [
+                str(self.database.waldump),
+                "--stats",
+                f"--path={self.database.wal_folder}",
+                "-s",
+                start,
+                "-e",
+                end,
+            ]
+            answer = subprocess.run(command, capture_output=True, text=True, check=False)
+            if found := re.search(r"^Total +\d+ +(\d+) \[.*?\] +(\d+) \[", answer.stdout, re.MULTILINE):
+                return int(found.group(1)), int(found.group(2))
+        (high, low), (past_high, past_low) = ((int(part, 16) for part in lsn.split("/")) for lsn in (start, end))
+        everything = ((past_high - high) << 32) + past_low - low
+        return everything, None if everything else 0

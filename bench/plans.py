@@ -1,5 +1,6 @@
 """The plans of the statements inside the hot functions, as auto_explain sees them."""
 
+import re
 from typing import Any
 
 import psycopg
@@ -13,6 +14,12 @@ VERBS = {
     "spend_many": "select * from credits.spend_many((select jsonb_agg(jsonb_build_object("
     "'account_id', 'acct_' || i, 'amount', 1, 'key', 'plan_{n}_' || i)) from generate_series(1, 100) i))",
 }
+FILL = (  # so that the planner has something to choose from
+    "select credits.spend(account_id, 1, key => 'fill_' || i) from credits.accounts, generate_series(1, 20) i",
+    "select credits.reserve(account_id, 2, 'fill_' || i) from credits.accounts, generate_series(1, 20) i",
+    "select credits.settle(account_id, 'fill_' || i, 1) from credits.accounts, generate_series(1, 20) i",
+    "vacuum analyze",
+)
 WARM = 10  # after five calls PL/pgSQL decides whether a plan may be generic
 SWITCHES = ("log_analyze", "log_buffers", "log_wal", "log_timing", "log_nested_statements")
 
@@ -21,6 +28,8 @@ def explain(database: Database) -> str:
     """Call each verb until its plans are settled, then once more and keep the plan of every statement inside."""
     parts = ["Plans with EXPLAIN (ANALYZE, BUFFERS, WAL) of each statement, in the order in which they end.\n"]
     with database.admin() as conn:
+        for statement in FILL:
+            conn.execute(statement.encode())
         try:
             conn.execute("load 'auto_explain'")
             for switch in SWITCHES:
@@ -39,8 +48,8 @@ def _caught(conn: psycopg.Connection[Any], call: str) -> list[str]:
     texts: list[str] = []
 
     def keep(notice: psycopg.errors.Diagnostic) -> None:
-        within = (notice.context or "the call itself").splitlines()
-        place = next((line for line in within if not line.startswith("SQL statement")), within[0])
+        within = re.search(r"^(PL/pgSQL|SQL) function .*$", notice.context or "", re.MULTILINE)
+        place = within.group() if within else "the call itself"
         texts.append(f"--- {len(texts) + 1}: {place}\n{notice.message_primary}\n")
 
     conn.add_notice_handler(keep)

@@ -10,12 +10,16 @@ from measure import Cell
 from rich.console import Console
 from rich.table import Table
 
-HEADINGS = ("", "accounts", "clients", "per second", "p50 ms", "p99 ms", "WAL B", "images", "ratio", "goal")
+HEADINGS = ("", "clients", "per second", "p50 ms", "p99 ms", "WAL B", "+ images", "ratio", "goal")
+LEFT = {0, 7, 8}
 
 
 @dataclass(frozen=True)
 class Report:
-    """The findings. hot maps a table to its updates and how many of them were HOT; audit holds what is wrong."""
+    """The findings. hot maps a table to its updates and how many of them were HOT; audit holds what is wrong.
+
+    chain says what the chain of hashes costs.
+    """
 
     machine: dict[str, str]
     server: dict[str, str]
@@ -23,6 +27,7 @@ class Report:
     cells: list[Cell]
     hot: dict[str, tuple[int, int]]
     audit: list[str]
+    chain: list[str]
 
     def facts(self) -> list[tuple[str, str]]:
         """Where and how it was measured."""
@@ -40,7 +45,7 @@ class Report:
             for table, (updates, hot) in self.hot.items()
         )
         wrong = self.audit or ["empty: every invariant holds"]
-        return [f"HOT updates: {'; '.join(shares)}", f"audit(): {'; '.join(wrong)}"]
+        return [f"HOT updates: {'; '.join(shares)}", *self.chain, f"audit(): {'; '.join(wrong)}"]
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table's lines, as text."""
@@ -52,7 +57,7 @@ class Report:
             console.print(f"[bold]{name}[/]: {value}", highlight=False)
         table = Table()
         for number, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if number in {0, 1, 8, 9} else "right", no_wrap=True)
+            table.add_column(heading, justify="left" if number in LEFT else "right", no_wrap=True)
         for cell, row in zip(self.cells, self.rows(), strict=True):
             table.add_row(*row, style="dim" if cell.operation.name == "floor" else "")
         console.print(table)
@@ -62,7 +67,7 @@ class Report:
     def markdown(self) -> str:
         """For docs/."""
         lines = [f"- {name}: {value}" for name, value in self.facts()]
-        lines += ["", _piped(HEADINGS), _piped("---" if n in {0, 1, 8, 9} else "---:" for n in range(len(HEADINGS)))]
+        lines += ["", _piped(HEADINGS), _piped("---" if n in LEFT else "---:" for n in range(len(HEADINGS)))]
         lines += [_piped(row) for row in self.rows()]
         lines += ["", *(f"- {finding}" for finding in self.findings())]
         return "\n".join(lines) + "\n"
@@ -83,7 +88,7 @@ class Report:
                     "p50_ms": c.percentile(0.5),
                     "p99_ms": c.percentile(0.99),
                     "wal_bytes_per_operation": round(c.wal_bytes, 1),
-                    "full_page_images_per_operation": round(c.images, 4),
+                    "image_bytes_per_operation": None if c.image_bytes is None else round(c.image_bytes, 1),
                     "ratio": c.ratio,
                     "ratio_to": c.operation.against if c.ratios else None,
                     "goal": c.operation.goal,
@@ -112,14 +117,13 @@ def _row(cell: Cell) -> tuple[str, ...]:
     against = f"{ratio:.2f} x {cell.operation.against}" if ratio else f"varied by {100 * cell.spread:.0f} %"
     mark = "" if goal is None or ratio is None else f"{'✓' if ratio >= goal else '✗'} {goal:g}"
     return (
-        cell.operation.name,
-        "one" if cell.hot else "all",
+        f"{cell.operation.name}{', one account' if cell.hot else ''}",
         str(cell.clients),
         f"{cell.rate:,.0f}",
         f"{cell.percentile(0.5):.2f}",
         f"{cell.percentile(0.99):.2f}",
         f"{cell.wal_bytes:,.0f}",
-        f"{cell.images:.2f}",
+        "" if cell.image_bytes is None else f"{cell.image_bytes:,.0f}",
         against,
         mark,
     )
