@@ -476,9 +476,11 @@ begin
     v_entry := credits._post_overdraft(v_hold, v_debt, _settle.request, v_entry.key is null);
   end if;
   if v_held > _settle.amount then
-    perform credits._tidy(v_hold.account_id);
+    v_balance := credits._tidy(v_hold.account_id);
+  else
+    v_balance := credits._balance(v_hold.account_id);
   end if;
-  return credits._close(v_hold, 'settled', _settle.request, _settle.amount, v_slices.taken + v_debt, v_entry.entry_seq);
+  return credits._close(v_hold, 'settled', v_balance, _settle.request, _settle.amount, v_slices.taken + v_debt, v_entry);
 end $$;
 
 -- The first slices of a hold are used up to an amount, the others return. Answers with what was used.
@@ -600,7 +602,7 @@ begin
   perform credits._end_hold(v_hold, 0);
   update credits.balances b set held = b.held - (v_hold.amount - v_hold.captured) where b.account_id = v_hold.account_id;
   v_balance := credits._tidy(v_hold.account_id);
-  perform credits._close(v_hold, _return_hold.status, _return_hold.request);
+  perform credits._close(v_hold, _return_hold.status, v_balance, _return_hold.request);
   return v_balance;
 end $$;
 
@@ -618,20 +620,24 @@ end $$;
 
 -- The reservation is the stored result of the call that closes it.
 create or replace function credits._close(
-  hold      credits.reservations,
-  status    text,
-  request   jsonb   default null,
-  actual    numeric default null,
-  charged   numeric default null,
-  entry_seq bigint  default null
+  hold    credits.reservations,
+  status  text,
+  balance credits.balances,
+  request jsonb           default null,
+  actual  numeric         default null,
+  charged numeric         default null,
+  entry   credits.entries default null
 )
 returns credits.reservations
 language plpgsql
 as $$
 declare
-  v_hold    credits.reservations;
-  v_balance credits.balances := credits._balance((_close.hold).account_id);
+  v_hold      credits.reservations;
+  v_available numeric := (_close.entry).available_after;
 begin
+  if (_close.entry).entry_seq is distinct from (_close.balance).entry_seq then
+    v_available := trim_scale(credits._free((_close.hold).account_id) - (_close.balance).debt);
+  end if;
   update credits.reservations r
      set status        = _close.status,
          closed_at     = credits.now(),
@@ -639,12 +645,11 @@ begin
          charged       = trim_scale(_close.charged),
          uncollected   = trim_scale(_close.actual - _close.charged),
          late          = (_close.hold).status = 'expired',
-         settle_seq    = _close.entry_seq,
+         settle_seq    = (_close.entry).entry_seq,
          grant_ids     = '{}',
          grant_amounts = '{}',
-         closing       = jsonb_strip_nulls(jsonb_build_object('request', _close.request,
-                           'balance', v_balance.balance,
-                           'available', trim_scale(credits._free(v_balance.account_id) - v_balance.debt)))
+         closing       = jsonb_build_object('request', _close.request, 'balance', (_close.balance).balance,
+                                            'available', v_available)
    where r.account_id = (_close.hold).account_id and r.reservation_id = (_close.hold).reservation_id
   returning r.* into v_hold;
   return v_hold;
@@ -656,10 +661,10 @@ create or replace function credits._reserve_result(
 )
 returns credits.reserve_result
 language sql
-immutable
+stable
 as $$
   select row((_reserve_result.hold).reservation_id, (_reserve_result.hold).account_id, (_reserve_result.hold).amount, (_reserve_result.hold).created_at + (_reserve_result.hold).ttl,
-             (_reserve_result.hold).available_after, replayed)::credits.reserve_result
+             (_reserve_result.hold).available_after, _reserve_result.replayed)::credits.reserve_result
 $$;
 
 create or replace function credits._reservation_result(hold credits.reservations)
