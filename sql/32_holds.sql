@@ -1,0 +1,361 @@
+-- What reservations do to grants and entries: cutting a hold, ending it, overage, and closing with the outcome.
+-- Keeps invariants 3 and 4, and actual = charged + uncollected. The caller holds the lock of the account.
+
+-- The held slices, cut at an amount: the first ones are used, the rest stay.
+create or replace function credits._split(
+  hold   credits.reservations,
+  amount numeric
+)
+returns credits.split
+language plpgsql
+immutable
+as $$
+declare
+  v_ids     bigint[]  := (_split.hold).grant_ids;
+  v_amounts numeric[] := (_split.hold).grant_amounts;
+  v_open    numeric   := _split.amount;
+  v_use     numeric;
+  v_used    credits.slices;
+  v_rest    credits.slices;
+begin
+  v_used.taken := 0;
+  v_rest.taken := 0;
+  for v_place in 1 .. cardinality(v_ids) loop
+    v_use  := least(v_open, v_amounts[v_place]);
+    v_open := v_open - v_use;
+    if v_use > 0 then
+      v_used.grant_ids := v_used.grant_ids || v_ids[v_place];
+      v_used.amounts   := v_used.amounts || v_use;
+      v_used.taken     := v_used.taken + v_use;
+    end if;
+    if v_use < v_amounts[v_place] then
+      v_rest.grant_ids := v_rest.grant_ids || v_ids[v_place];
+      v_rest.amounts   := v_rest.amounts || (v_amounts[v_place] - v_use);
+      v_rest.taken     := v_rest.taken + v_amounts[v_place] - v_use;
+    end if;
+  end loop;
+  return row(v_used, v_rest)::credits.split;
+end $$;
+
+create or replace function credits._use_held(
+  account_id text,
+  slices     credits.slices
+)
+returns void
+language plpgsql
+as $$
+begin
+  for v_place in 1 .. cardinality((_use_held.slices).grant_ids) loop
+    update credits.grants g
+       set held     = g.held - (_use_held.slices).amounts[v_place],
+           consumed = g.consumed + (_use_held.slices).amounts[v_place],
+           status   = case when g.status = 'active' and g.remaining = 0 and g.held = (_use_held.slices).amounts[v_place]
+                           then 'exhausted' else g.status end
+     where g.account_id = _use_held.account_id and g.grant_id = (_use_held.slices).grant_ids[v_place];
+  end loop;
+end $$;
+
+create or replace function credits._reservation_entry(
+  hold        credits.reservations,
+  kind        text,
+  key         text,
+  fingerprint jsonb,
+  amount      numeric,
+  metadata    jsonb default null
+)
+returns credits.entries
+language plpgsql
+immutable
+as $$
+declare
+  v_entry credits.entries;
+begin
+  v_entry.account_id     := (_reservation_entry.hold).account_id;
+  v_entry.kind           := _reservation_entry.kind;
+  v_entry.operation      := _reservation_entry.kind;
+  v_entry.key            := _reservation_entry.key;
+  v_entry.fingerprint    := _reservation_entry.fingerprint;
+  v_entry.amount         := _reservation_entry.amount;
+  v_entry.reservation_id := (_reservation_entry.hold).reservation_id;
+  v_entry.subject        := (_reservation_entry.hold).subject;
+  v_entry.member_id      := (_reservation_entry.hold).member_id;
+  v_entry.capability     := (_reservation_entry.hold).capability;
+  v_entry.description    := (_reservation_entry.hold).description;
+  v_entry.metadata       := coalesce(_reservation_entry.metadata, (_reservation_entry.hold).metadata);
+  return v_entry;
+end $$;
+
+-- An open hold pays first; above it the policy decides. An expired one holds nothing, so all of it is overage.
+create or replace function credits._settle(
+  balance  credits.balances,
+  hold     credits.reservations,
+  amount   numeric,
+  policy   text,
+  request  jsonb,
+  metadata jsonb
+)
+returns credits.reservations
+language plpgsql
+as $$
+declare
+  v_hold    credits.reservations := _settle.hold;
+  v_balance credits.balances := _settle.balance;
+  v_held    numeric := 0;
+  v_debt    numeric := 0;
+  v_slices  credits.slices;
+  v_entry   credits.entries;
+begin
+  v_slices := credits._end_hold(v_hold, _settle.amount);
+  if v_hold.status = 'open' then
+    v_held := v_hold.amount - v_hold.captured;
+  end if;
+  if _settle.amount > v_slices.taken then
+    v_slices := credits._take_overage(v_balance, v_hold, v_slices, _settle.amount - v_slices.taken, _settle.policy);
+    v_debt   := credits._overdraft(v_balance, _settle.amount - v_slices.taken, _settle.policy);
+  end if;
+
+  if v_slices.taken > 0 then
+    v_entry := credits._reservation_entry(v_hold, 'settle', v_hold.reservation_id, _settle.request, -v_slices.taken,
+                                          _settle.metadata);
+    v_entry := credits._post(v_balance, v_entry, v_slices, held => -v_held);
+  elsif v_held > 0 then
+    update credits.balances b set held = b.held - v_held where b.account_id = v_hold.account_id;
+  end if;
+  if v_debt > 0 then
+    v_entry := credits._post_overdraft(v_hold, v_debt, _settle.request, v_entry.key is null);
+  end if;
+  if v_held > _settle.amount then
+    v_balance := credits._tidy(v_hold.account_id);
+  else
+    v_balance := credits._balance(v_hold.account_id);
+  end if;
+  return credits._close(v_hold, 'settled', v_balance, _settle.request, _settle.amount, v_slices.taken + v_debt, v_entry);
+end $$;
+
+-- The first slices of a hold are used up to an amount, the others return. Answers with what was used.
+create or replace function credits._end_hold(
+  hold   credits.reservations,
+  amount numeric
+)
+returns credits.slices
+language plpgsql
+as $$
+declare
+  v_hold   credits.reservations := _end_hold.hold;
+  v_open   numeric := _end_hold.amount;
+  v_use    numeric;
+  v_slices credits.slices;
+begin
+  v_slices.taken := 0;
+  for v_place in 1 .. cardinality(v_hold.grant_ids) loop
+    v_use  := least(v_open, v_hold.grant_amounts[v_place]);
+    v_open := v_open - v_use;
+    update credits.grants g
+       set held      = g.held - v_hold.grant_amounts[v_place],
+           consumed  = g.consumed + v_use,
+           remaining = g.remaining + v_hold.grant_amounts[v_place] - v_use,
+           status    = case when v_use < v_hold.grant_amounts[v_place] then 'active'
+                            when g.status = 'active' and g.remaining = 0 and g.held = v_use then 'exhausted'
+                            else g.status end
+     where g.account_id = v_hold.account_id and g.grant_id = v_hold.grant_ids[v_place];
+    if v_use > 0 then
+      v_slices.grant_ids := v_slices.grant_ids || v_hold.grant_ids[v_place];
+      v_slices.amounts   := v_slices.amounts || v_use;
+      v_slices.taken     := v_slices.taken + v_use;
+    end if;
+  end loop;
+  return v_slices;
+end $$;
+
+-- What is available pays the overage, after what was held.
+create or replace function credits._take_overage(
+  balance credits.balances,
+  hold    credits.reservations,
+  slices  credits.slices,
+  overage numeric,
+  policy  text
+)
+returns credits.slices
+language plpgsql
+as $$
+declare
+  v_slices credits.slices := _take_overage.slices;
+  v_more   credits.slices := credits._choose((_take_overage.hold).account_id, _take_overage.overage, (_take_overage.hold).capability);
+begin
+  if (_take_overage.balance).debt > 0 then
+    v_more.taken := 0;
+  end if;
+  if _take_overage.policy = 'reject' and v_more.taken < _take_overage.overage then
+    perform credits._fail_short(_take_overage.overage + v_slices.taken,
+      v_more.payable - (_take_overage.balance).debt + v_slices.taken);
+  elsif v_more.taken > 0 then
+    perform credits._consume((_take_overage.hold).account_id, v_more);
+    select array_agg(m.grant_id order by m.place), array_agg(m.amount order by m.place), sum(m.amount)
+      into v_slices.grant_ids, v_slices.amounts, v_slices.taken
+      from (select s.grant_id, sum(s.amount) as amount, min(s.place) as place
+              from unnest(v_slices.grant_ids || v_more.grant_ids, v_slices.amounts || v_more.amounts)
+                   with ordinality s (grant_id, amount, place)
+             group by s.grant_id) m;
+  end if;
+  return v_slices;
+end $$;
+
+-- How much of a charge that nothing could pay becomes debt.
+create or replace function credits._overdraft(
+  balance credits.balances,
+  unpaid  numeric,
+  policy  text
+)
+returns numeric
+language sql
+stable
+as $$
+  select case when _overdraft.policy = 'overflow'
+              then greatest(0, least(_overdraft.unpaid, a.debt_limit - (_overdraft.balance).debt)) else 0 end
+    from credits.accounts a
+   where a.account_id = (_overdraft.balance).account_id
+$$;
+
+create or replace function credits._post_overdraft(
+  hold    credits.reservations,
+  debt    numeric,
+  request jsonb,
+  keyed   boolean
+)
+returns credits.entries
+language plpgsql
+as $$
+declare
+  v_entry credits.entries := credits._reservation_entry(_post_overdraft.hold, 'overdraft',
+    case when _post_overdraft.keyed then (_post_overdraft.hold).reservation_id end,
+    case when _post_overdraft.keyed then _post_overdraft.request end, 0);
+begin
+  v_entry.operation := 'settle';
+  v_entry.debt      := _post_overdraft.debt;
+  return credits._post(credits._balance(v_entry.account_id), v_entry, null);
+end $$;
+
+-- All of a hold returns: released by its owner, or run out.
+create or replace function credits._return_hold(
+  hold    credits.reservations,
+  status  text,
+  request jsonb default null
+)
+returns credits.balances
+language plpgsql
+as $$
+declare
+  v_hold    credits.reservations := _return_hold.hold;
+  v_balance credits.balances;
+begin
+  perform credits._end_hold(v_hold, 0);
+  update credits.balances b set held = b.held - (v_hold.amount - v_hold.captured) where b.account_id = v_hold.account_id;
+  v_balance := credits._tidy(v_hold.account_id);
+  perform credits._close(v_hold, _return_hold.status, v_balance, _return_hold.request);
+  return v_balance;
+end $$;
+
+create or replace function credits._expire_reservation(
+  account_id     text,
+  reservation_id text
+)
+returns credits.balances
+language plpgsql
+as $$
+begin
+  return credits._return_hold(
+    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired');
+end $$;
+
+-- The reservation is the stored result of the call that closes it.
+create or replace function credits._close(
+  hold    credits.reservations,
+  status  text,
+  balance credits.balances,
+  request jsonb           default null,
+  actual  numeric         default null,
+  charged numeric         default null,
+  entry   credits.entries default null
+)
+returns credits.reservations
+language plpgsql
+as $$
+declare
+  v_hold      credits.reservations;
+  v_available numeric := (_close.entry).available_after;
+begin
+  if (_close.entry).entry_seq is distinct from (_close.balance).entry_seq then
+    v_available := trim_scale(credits._free((_close.hold).account_id) - (_close.balance).debt);
+  end if;
+  update credits.reservations r
+     set status        = _close.status,
+         closed_at     = credits.now(),
+         actual        = _close.actual,
+         charged       = trim_scale(_close.charged),
+         uncollected   = trim_scale(_close.actual - _close.charged),
+         late          = (_close.hold).status = 'expired',
+         settle_seq    = (_close.entry).entry_seq,
+         grant_ids     = '{}',
+         grant_amounts = '{}',
+         closing       = jsonb_build_object('request', _close.request, 'balance', (_close.balance).balance,
+                                            'available', v_available)
+   where r.account_id = (_close.hold).account_id and r.reservation_id = (_close.hold).reservation_id
+  returning r.* into v_hold;
+  return v_hold;
+end $$;
+
+create or replace function credits._reserve_result(
+  hold     credits.reservations,
+  replayed boolean
+)
+returns credits.reserve_result
+language sql
+stable
+as $$
+  select row((_reserve_result.hold).reservation_id, (_reserve_result.hold).account_id, (_reserve_result.hold).amount, (_reserve_result.hold).created_at + (_reserve_result.hold).ttl,
+             (_reserve_result.hold).available_after, _reserve_result.replayed)::credits.reserve_result
+$$;
+
+create or replace function credits._reservation_result(hold credits.reservations)
+returns credits.reservation_result
+language sql
+stable
+as $$
+  select row((_reservation_result.hold).reservation_id, (_reservation_result.hold).account_id, (_reservation_result.hold).status, (_reservation_result.hold).amount, (_reservation_result.hold).captured,
+             (_reservation_result.hold).amount - (_reservation_result.hold).captured, (_reservation_result.hold).expires_at, b.available)::credits.reservation_result
+    from credits.get_balance((_reservation_result.hold).account_id) b
+$$;
+
+create or replace function credits._settle_result(
+  hold     credits.reservations,
+  replayed boolean
+)
+returns credits.settle_result
+language plpgsql
+stable
+as $$
+declare
+  v_hold   credits.reservations := _settle_result.hold;
+  v_result credits.settle_result;
+begin
+  v_result.reservation_id := v_hold.reservation_id;
+  v_result.account_id     := v_hold.account_id;
+  v_result.status         := v_hold.status;
+  v_result.actual         := v_hold.actual;
+  v_result.charged        := v_hold.charged;
+  v_result.uncollected    := v_hold.uncollected;
+  v_result.late           := v_hold.late;
+  v_result.entry_seq      := v_hold.settle_seq;
+  v_result.balance        := v_hold.closing ->> 'balance';
+  v_result.available      := v_hold.closing ->> 'available';
+  v_result.replayed       := _settle_result.replayed;
+  if v_hold.status = 'open' and v_hold.expires_at <= credits.now() then
+    v_result.status := 'expired';
+  end if;
+  if v_hold.status = 'settled' and v_hold.late then
+    v_result.released := 0;
+  elsif v_result.status <> 'open' then
+    v_result.released := trim_scale(greatest(0, v_hold.amount - v_hold.captured - coalesce(v_hold.actual, 0)));
+  end if;
+  return v_result;
+end $$;
