@@ -1,0 +1,196 @@
+"""What the tests of the ledger share: a client with a clock to turn, refusals as expectations, and threads that start together."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from threading import Barrier
+from typing import Any, TypeVar
+
+import pytest
+from client import Client, CreditsError
+from psycopg import Connection, sql
+from psycopg.rows import namedtuple_row
+from psycopg.types.json import set_json_loads
+from servers import Database
+
+T = TypeVar("T")
+
+NOON = datetime(2030, 1, 31, 12, tzinfo=UTC)
+SECOND, MINUTE, HOUR, DAY = (timedelta(**{unit: 1}) for unit in ("seconds", "minutes", "hours", "days"))
+TICK = timedelta(microseconds=1)
+
+
+class Ledger(Client):
+    """The client with the verbs it lacks, a clock that stands still until it is turned, and a look at the tables."""
+
+    def __init__(self, conn: Connection[Any], at: datetime | None = NOON) -> None:
+        super().__init__(conn)
+        set_json_loads(partial(json.loads, parse_float=Decimal), conn)
+        self._keys = 0
+        if at:
+            with self.as_owner():
+                conn.execute(
+                    "create or replace function credits.now() returns timestamptz language sql as "
+                    "$$ select current_setting('tests.now')::timestamptz $$"
+                )
+            self.now = at
+
+    @property
+    def now(self) -> datetime:
+        """The engine's time; assigning it is time travel."""
+        return self._now
+
+    @now.setter
+    def now(self, at: datetime) -> None:
+        self._now = at
+        self.conn.execute("select set_config('tests.now', %s, true)", [at.isoformat()])
+
+    @contextmanager
+    def as_owner(self) -> Iterator[None]:
+        """Act as credits_owner, then as before."""
+        (role,) = self.query("select current_user as name")
+        self.conn.execute("set role credits_owner")
+        yield
+        self.conn.execute(sql.SQL("set role {}").format(sql.Identifier(role.name)))
+
+    def query(self, text: str, *parameters: Any) -> list[Any]:
+        """Rows of a query, in the role that the connection has."""
+        with self.conn.cursor(row_factory=namedtuple_row) as cursor:
+            return cursor.execute(text.encode(), parameters).fetchall()
+
+    def table(self, name: str, where: str = "true", *parameters: Any) -> list[Any]:
+        """Rows of a table, as its owner sees them."""
+        with self.as_owner():
+            return self.query(f"select * from credits.{name} t where {where}", *parameters)
+
+    def change(self, text: str, *parameters: Any) -> None:
+        """Write into tables as their owner."""
+        with self.as_owner():
+            self.conn.execute(text.encode(), parameters)
+
+    def key(self) -> str:
+        """A key that was not used before."""
+        self._keys += 1
+        return f"key-{self._keys}"
+
+    def open(self, account_id: str = "ann", *amounts: Any, **grant: Any) -> str:
+        """Open an account with a grant of each amount."""
+        self.open_account(account_id)
+        for amount in amounts:
+            self.grant(amount, account_id, **grant)
+        return account_id
+
+    def grant(self, amount: Any, account_id: str = "ann", **more: Any) -> Any:
+        """A grant under a key of its own."""
+        return self.grant_credits(account_id, amount, **{"key": self.key(), **more})
+
+    def use(self, amount: Any, account_id: str = "ann", **more: Any) -> Any:
+        """A spend under a key of its own."""
+        return self.spend(account_id, amount, **{"key": self.key(), **more})
+
+    def kinds(self, account_id: str = "ann") -> list[tuple[str, Decimal]]:
+        """Kind and amount of each entry, the oldest first; what is only debt shows its debt."""
+        return [(row.kind, row.amount or row.debt) for row in reversed(self.history(account_id, max_rows=1000))]
+
+    def available(self, account_id: str = "ann") -> Decimal:
+        """What can be spent now."""
+        value: Decimal = self.get_balance(account_id).available
+        return value
+
+    def sums(self, account_id: str = "ann") -> tuple[Decimal, Decimal, Decimal, Decimal]:
+        """Available, held, balance, debt."""
+        row = self.get_balance(account_id)
+        return row.available, row.held, row.balance, row.debt
+
+    def book(self, account_id: str = "ann") -> None:
+        """Make the ledger book what has fallen due, as every verb does first, and nothing else."""
+        self.unfreeze_account(account_id)
+
+    def get_reservation(self, account_id: str | None, reservation_id: str | None) -> Any:
+        return self.row("get_reservation", account_id=account_id, reservation_id=reservation_id)
+
+    def replay_stripe_event(self, event_id: str | None) -> Any:
+        return self.row("replay_stripe_event", event_id=event_id)
+
+    def list_stripe_events(self, **more: Any) -> list[Any]:
+        return self.rows("list_stripe_events", **more)
+
+    def snapshot(self) -> dict[str, list[str]]:
+        """Every row of every table of the schema, as sorted JSON."""
+        with self.as_owner():
+            names = self.query(
+                "select c.relname as name from pg_class c where c.relnamespace = 'credits'::regnamespace "
+                "and c.relkind in ('r', 'p') order by 1"
+            )
+            return {
+                name: [row.row for row in self.query(f"select to_jsonb(t)::text as row from credits.{name} t order by 1")]
+                for (name,) in names
+            }
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Nothing in any table differs afterwards."""
+        before = self.snapshot()
+        yield
+        assert self.snapshot() == before
+
+
+@contextmanager
+def refused(status: int, code: str, **detail: Any) -> Iterator[None]:
+    """The block is refused with this error; detail is part of its DETAIL, numbers compared as numbers."""
+    with pytest.raises(CreditsError) as caught:
+        yield
+    error = caught.value
+    assert (error.status, error.code) == (status, code), error
+    assert isinstance(error.detail, dict)
+    assert {name: error.detail.get(name) for name in detail} == detail
+    assert error.hint
+
+
+def amounts(rows: Iterable[Any]) -> list[Decimal]:
+    """Their amounts."""
+    return [row.amount for row in rows]
+
+
+def same(first: Any, again: Any) -> bool:
+    """Two results of one key: the same but for the mark."""
+    assert (first.replayed, again.replayed) == (False, True)
+    equal: bool = first._replace(replayed=True) == again
+    return equal
+
+
+def together(database: Database, jobs: Sequence[Callable[[Ledger], T]]) -> list[T | CreditsError]:
+    """Run each job on a connection and thread of its own, all let go at once; refusals are results, other errors raise."""
+    barrier = Barrier(len(jobs))
+
+    def run(job: Callable[[Ledger], T]) -> T | CreditsError:
+        with database.connect(autocommit=True) as conn:
+            ledger = Ledger(conn, at=None)
+            conn.execute("select 1")
+            barrier.wait()
+            try:
+                return job(ledger)
+            except CreditsError as error:
+                return error
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(run, jobs))
+
+
+@contextmanager
+def committed(database: Database) -> Iterator[Ledger]:
+    """A ledger whose calls are committed, on the real clock."""
+    with database.connect(autocommit=True) as conn:
+        yield Ledger(conn, at=None)
+
+
+def assert_sound(ledger: Client) -> None:
+    """Every invariant holds and the books balance."""
+    assert ledger.audit() == []
+    total = ledger.conn.execute("select coalesce(sum(balance), 0) from credits.trial_balance").fetchone()
+    assert total
+    assert total[0] == 0
