@@ -121,7 +121,8 @@ begin
                                       description => adjust.reason, source => 'adjust');
     v_slices := credits._slice(v_grant.grant_id, v_amount);
   else
-    v_slices := credits._take(v_balance, -v_amount);
+    v_slices := credits._take(adjust.account_id, -v_amount);
+    perform credits._check_taken(v_balance, v_slices, -v_amount);
   end if;
   v_entry.account_id  := adjust.account_id;
   v_entry.kind        := 'adjust';
@@ -417,7 +418,7 @@ begin
   v_entry.amount := 0;
   v_entry.debt   := _post_clawback.debt;
   perform credits._post(credits._balance(v_entry.account_id), v_entry,
-                        row(array[_post_clawback.grant_id], array[_post_clawback.debt], 0, null, null)::credits.slices);
+                        credits._slice(_post_clawback.grant_id, _post_clawback.debt));
 end $$;
 
 -- The answer to a revoke, made from its entries alone, so that a replay says the same.

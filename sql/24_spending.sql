@@ -34,7 +34,8 @@ begin
   end if;
 
   perform credits._check_active(spend.account_id);
-  v_slices := credits._take(v_balance, v_amount, spend.capability);
+  v_slices := credits._take(spend.account_id, v_amount, spend.capability);
+  perform credits._check_taken(v_balance, v_slices, v_amount);
   v_entry.account_id  := spend.account_id;
   v_entry.kind        := 'spend';
   v_entry.operation   := 'spend';
@@ -169,7 +170,8 @@ begin
 
   perform credits._check_active(transfer_credits.from_account_id);
   perform credits._check_open(transfer_credits.to_account_id);
-  v_slices := credits._take(v_from, v_amount);
+  v_slices := credits._take(transfer_credits.from_account_id, v_amount);
+  perform credits._check_taken(v_from, v_slices, v_amount);
   v_entry.account_id  := transfer_credits.from_account_id;
   v_entry.kind        := 'transfer_out';
   v_entry.operation   := 'transfer';
@@ -237,7 +239,7 @@ as $$
       from slices s
   )
   select row(array_agg(r.grant_id order by r.place desc), array_agg(r.amount order by r.place desc),
-             sum(r.amount), null, null)::credits.slices
+             sum(r.amount), null)::credits.slices
     from returned r
    where r.amount > 0
 $$;

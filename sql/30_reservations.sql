@@ -44,11 +44,8 @@ begin
   end if;
 
   perform credits._check_active(reserve.account_id);
-  v_slices := credits._choose(reserve.account_id, v_amount, reserve.capability);
-  if v_slices.taken < least(v_amount, credits._check_min_amount(reserve.min_amount)) or v_balance.debt > 0 then
-    perform credits._fail_short(least(v_amount, reserve.min_amount), v_slices.payable - v_balance.debt);
-  end if;
-  perform credits._consume(reserve.account_id, v_slices, 'held');
+  v_slices := credits._take(reserve.account_id, v_amount, reserve.capability, 'held');
+  perform credits._check_taken(v_balance, v_slices, least(v_amount, credits._check_min_amount(reserve.min_amount)));
 
   v_now := credits.now();
   insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, min_amount,

@@ -180,23 +180,23 @@ language plpgsql
 as $$
 declare
   v_slices credits.slices := _take_overage.slices;
-  v_more   credits.slices := credits._choose((_take_overage.hold).account_id, _take_overage.overage, (_take_overage.hold).capability);
+  v_more   credits.slices;
 begin
-  if (_take_overage.balance).debt > 0 then
-    v_more.taken := 0;
+  v_more.taken := 0;
+  if (_take_overage.balance).debt = 0 then
+    v_more := credits._take((_take_overage.hold).account_id, _take_overage.overage, (_take_overage.hold).capability);
   end if;
   if _take_overage.policy = 'reject' and v_more.taken < _take_overage.overage then
-    perform credits._fail_short(_take_overage.overage + v_slices.taken,
-      v_more.payable - (_take_overage.balance).debt + v_slices.taken);
-  elsif v_more.taken > 0 then
-    perform credits._consume((_take_overage.hold).account_id, v_more);
-    select array_agg(m.grant_id order by m.place), array_agg(m.amount order by m.place), sum(m.amount)
-      into v_slices.grant_ids, v_slices.amounts, v_slices.taken
-      from (select s.grant_id, sum(s.amount) as amount, min(s.place) as place
-              from unnest(v_slices.grant_ids || v_more.grant_ids, v_slices.amounts || v_more.amounts)
-                   with ordinality s (grant_id, amount, place)
-             group by s.grant_id) m;
+    perform credits._fail_short(v_slices.taken + _take_overage.overage,
+                                v_slices.taken + v_more.taken - (_take_overage.balance).debt);
   end if;
+
+  select array_agg(m.grant_id order by m.place), array_agg(m.amount order by m.place), coalesce(sum(m.amount), 0)
+    into v_slices.grant_ids, v_slices.amounts, v_slices.taken
+    from (select s.grant_id, sum(s.amount) as amount, min(s.place) as place
+            from unnest(v_slices.grant_ids || v_more.grant_ids, v_slices.amounts || v_more.amounts)
+                 with ordinality s (grant_id, amount, place)
+           group by s.grant_id) m;
   return v_slices;
 end $$;
 
