@@ -54,9 +54,7 @@ class Server:
     def stop(self) -> None:
         """Give it up; it stops if nobody else uses it. Returns when that has happened."""
         self._users.close()
-        if self._watcher.stdin:
-            self._watcher.stdin.close()
-        self._watcher.wait()
+        self._watcher.communicate(b"in order")
 
     def __enter__(self) -> Self:
         return self
@@ -281,16 +279,19 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 def _watch(data: Path, install: Path, run_as: str | None) -> None:
     """Wait for the end of the process that started us; then stop the server if it was the last user."""
-    sys.stdin.buffer.read()
-    if not data.parent.exists():
-        return
-    with _exclusive(data), Path(f"{data}.users").open("w") as users:
-        try:
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        _Control(install, data, run_as).stop()
+    left_in_order = sys.stdin.buffer.read()
+    for _ in range(1 if left_in_order else 40):  # of a killed process the pipe may close before its locks are free
+        with _exclusive(data), Path(f"{data}.users").open("w") as users:
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pass
+            else:
+                _Control(install, data, run_as).stop()
+                return
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
-    _watch(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None)
+    with suppress(FileNotFoundError):  # data that were deleted: PostgreSQL notices by itself
+        _watch(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] or None)
