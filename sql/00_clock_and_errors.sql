@@ -99,6 +99,20 @@ begin
   end if;
 end $$;
 
+-- The arguments of a call, for comparison with those of the first call of its key. Null is the same as not given, but
+-- inside the caller's metadata null is a value.
+create or replace function credits._fingerprint(
+  arguments jsonb,
+  metadata  jsonb
+)
+returns jsonb
+language sql
+immutable
+as $$
+  select jsonb_strip_nulls(_fingerprint.arguments)
+         || case when _fingerprint.metadata is null then '{}' else jsonb_build_object('metadata', _fingerprint.metadata) end
+$$;
+
 create or replace function credits._check_same(
   stored    jsonb,
   given     jsonb,

@@ -15,9 +15,9 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_print   jsonb := jsonb_strip_nulls(jsonb_build_object(
-                       'kind', open_account.kind, 'plan', open_account.plan, 'email', open_account.email,
-                       'metadata', open_account.metadata));
+  v_print   jsonb := credits._fingerprint(jsonb_build_object(
+                       'kind', open_account.kind, 'plan', open_account.plan, 'email', open_account.email),
+                       open_account.metadata);
   v_now     timestamptz := credits.now();
   v_account credits.accounts;
 begin
@@ -136,7 +136,7 @@ begin
                              from lots l, unnest(l.scope) u (capability)
                             where l.remaining > 0
                             group by u.capability) c), '{}'),
-         trim_scale(coalesce((select sum(g.amount) from credits.grants g
+         trim_scale(coalesce((select sum(g.remaining) from credits.grants g
                                where g.account_id = get_balance.account_id
                                  and g.status = 'pending' and g.effective_at > v_now), 0)),
          v_balance.entry_seq
@@ -320,8 +320,8 @@ begin
     order by due_at, step, reservation_id, grant_id
   loop
     v_balance := case v_due.step
-      when 1 then credits._expire_reservation(v_balance.account_id, v_due.reservation_id)
-      when 2 then credits._start_grant(v_balance, v_due.grant_id)
+      when 1 then credits._expire_reservation(v_balance.account_id, v_due.reservation_id, v_due.due_at)
+      when 2 then credits._start_grant(v_balance, v_due.grant_id, v_due.due_at)
       else        credits._expire_grant(v_balance, v_due.grant_id) end;
   end loop;
 

@@ -149,14 +149,17 @@ begin
   end loop;
 end $$;
 
--- After credits became free: they pay the debt first, and what is left in a grant whose time is over expires.
-create or replace function credits._tidy(account_id text)
+-- After credits became free, at some moment: they pay the debt first, and what is left in a grant whose time was over by
+-- then expires.
+create or replace function credits._tidy(
+  account_id text,
+  at         timestamptz default credits.now()
+)
 returns credits.balances
 language plpgsql
 as $$
 declare
   v_balance credits.balances := credits._balance(_tidy.account_id);
-  v_now     timestamptz := credits.now();
   v_slices  credits.slices;
   v_entry   credits.entries;
   v_grant   bigint;
@@ -179,7 +182,7 @@ begin
   for v_grant in
     select g.grant_id
       from credits.grants g
-     where g.account_id = _tidy.account_id and g.status = 'active' and g.remaining > 0 and g.expires_at <= v_now
+     where g.account_id = _tidy.account_id and g.status = 'active' and g.remaining > 0 and g.expires_at <= _tidy.at
      order by g.expires_at, g.grant_id
   loop
     v_balance := credits._expire_grant(v_balance, v_grant);

@@ -20,11 +20,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_amount numeric := credits._check_amount(grant_credits.amount);
-  v_print  jsonb   := jsonb_strip_nulls(jsonb_build_object(
+  v_print  jsonb   := credits._fingerprint(jsonb_build_object(
                         'amount', v_amount, 'kind', grant_credits.kind, 'expires_at', grant_credits.expires_at,
                         'effective_at', grant_credits.effective_at, 'priority', grant_credits.priority,
-                        'description', grant_credits.description, 'scope', grant_credits.scope,
-                        'metadata', grant_credits.metadata));
+                        'description', grant_credits.description, 'scope', grant_credits.scope),
+                        grant_credits.metadata);
 begin
   perform credits._check_key(grant_credits.key, 'key');
   return credits._grant(
@@ -221,7 +221,7 @@ begin
   v_grant := credits._insert_grant(_grant.account_id, _grant.amount, _grant.kind,
     coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.priority, _grant.description, _grant.scope,
     _grant.source, _grant.cost, _grant.cost_currency, _grant.key, _grant.fingerprint, _grant.metadata);
-  if v_grant.effective_at <= v_now then
+  if v_grant.status = 'active' then
     perform credits._start_grant(v_balance, v_grant.grant_id);
   end if;
   return credits._grant_result(v_grant, false);
@@ -271,7 +271,8 @@ end $$;
 -- The credits of a grant come into effect.
 create or replace function credits._start_grant(
   balance  credits.balances,
-  grant_id bigint
+  grant_id bigint,
+  at       timestamptz default credits.now()
 )
 returns credits.balances
 language plpgsql
@@ -293,7 +294,7 @@ begin
   v_entry.description := v_grant.description;
   v_entry.metadata    := v_grant.metadata;
   perform credits._post(_start_grant.balance, v_entry, credits._slice(v_grant.grant_id, v_grant.remaining));
-  return credits._tidy(v_grant.account_id);
+  return credits._tidy(v_grant.account_id, _start_grant.at);
 end $$;
 
 -- The time of a grant is over: what is left of it is booked as breakage, what is held stays with its reservations.
@@ -439,19 +440,24 @@ as $$
    where f.account_id = _revoke_result.account_id and f.operation = 'revoke_grant' and f.key = _revoke_result.key
 $$;
 
+-- A grant that was to start later had no entry when it was made, and its replay says so too.
 create or replace function credits._grant_result(
   lot      credits.grants,
   replayed boolean
 )
 returns credits.grant_result
-language sql
+language plpgsql
 stable
 as $$
-  select row((_grant_result.lot).grant_id, (_grant_result.lot).account_id, (_grant_result.lot).kind, (_grant_result.lot).amount, (_grant_result.lot).priority, (_grant_result.lot).effective_at,
-             (_grant_result.lot).expires_at, e.entry_seq, e.balance_after, e.available_after, replayed)::credits.grant_result
-    from (select 1) one
-    left join lateral (
-      select n.entry_seq, n.balance_after, n.available_after
-        from credits.entries n
-       where n.account_id = (_grant_result.lot).account_id and n.operation = 'grant' and n.key = (_grant_result.lot).key) e on true
-$$;
+declare
+  v_lot   credits.grants := _grant_result.lot;
+  v_entry credits.entries;
+begin
+  select e.* into v_entry
+    from credits.entries e
+   where e.account_id = v_lot.account_id and e.operation = 'grant' and e.key = v_lot.key
+     and v_lot.effective_at <= v_lot.created_at;
+  return row(v_lot.grant_id, v_lot.account_id, v_lot.kind, v_lot.amount, v_lot.priority, v_lot.effective_at,
+             v_lot.expires_at, v_entry.entry_seq, v_entry.balance_after, v_entry.available_after,
+             _grant_result.replayed)::credits.grant_result;
+end $$;

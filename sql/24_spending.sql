@@ -140,9 +140,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_amount numeric := credits._check_amount(transfer_credits.amount);
-  v_print  jsonb   := jsonb_strip_nulls(jsonb_build_object(
+  v_print  jsonb   := credits._fingerprint(jsonb_build_object(
                         'amount', v_amount, 'to_account_id', transfer_credits.to_account_id,
-                        'description', transfer_credits.description, 'metadata', transfer_credits.metadata));
+                        'description', transfer_credits.description), transfer_credits.metadata);
   v_from   credits.balances;
   v_to     credits.balances;
   v_entry  credits.entries;
@@ -292,10 +292,9 @@ returns jsonb
 language sql
 stable
 as $$
-  select jsonb_strip_nulls(jsonb_build_object(
+  select credits._fingerprint(jsonb_build_object(
            'amount', _spend_print.amount, 'description', _spend_print.description, 'subject', _spend_print.subject,
-           'member_id', _spend_print.member_id, 'capability', _spend_print.capability,
-           'metadata', _spend_print.metadata))
+           'member_id', _spend_print.member_id, 'capability', _spend_print.capability), _spend_print.metadata)
 $$;
 
 create or replace function credits._transfer_result(

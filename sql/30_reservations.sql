@@ -136,8 +136,8 @@ as $$
 declare
   v_amount  numeric := credits._check_amount(settle.amount, zero => true);
   v_policy  text    := credits._check_overage(settle.on_overage);
-  v_print   jsonb   := jsonb_strip_nulls(jsonb_build_object('settle', jsonb_build_object(
-                         'amount', v_amount, 'on_overage', v_policy, 'metadata', settle.metadata)));
+  v_print   jsonb   := jsonb_build_object('settle', credits._fingerprint(
+                         jsonb_build_object('amount', v_amount, 'on_overage', v_policy), settle.metadata));
   v_balance credits.balances;
   v_hold    credits.reservations;
 begin
@@ -304,11 +304,11 @@ returns jsonb
 language sql
 stable
 as $$
-  select jsonb_strip_nulls(jsonb_build_object(
+  select credits._fingerprint(jsonb_build_object(
            'amount', _reserve_print.amount, 'ttl', _reserve_print.ttl, 'min_amount', _reserve_print.min_amount,
            'description', _reserve_print.description, 'subject', _reserve_print.subject,
-           'member_id', _reserve_print.member_id, 'capability', _reserve_print.capability,
-           'metadata', coalesce(_reserve_print.metadata, '{}')))
+           'member_id', _reserve_print.member_id, 'capability', _reserve_print.capability),
+           coalesce(_reserve_print.metadata, '{}'))
 $$;
 
 create or replace function credits._reservation(

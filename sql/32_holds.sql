@@ -239,7 +239,8 @@ end $$;
 create or replace function credits._return_hold(
   hold    credits.reservations,
   status  text,
-  request jsonb default null
+  request jsonb       default null,
+  at      timestamptz default credits.now()
 )
 returns credits.balances
 language plpgsql
@@ -250,21 +251,22 @@ declare
 begin
   perform credits._end_hold(v_hold, 0);
   update credits.balances b set held = b.held - (v_hold.amount - v_hold.captured) where b.account_id = v_hold.account_id;
-  v_balance := credits._tidy(v_hold.account_id);
+  v_balance := credits._tidy(v_hold.account_id, _return_hold.at);
   perform credits._close(v_hold, _return_hold.status, v_balance, _return_hold.request);
   return v_balance;
 end $$;
 
 create or replace function credits._expire_reservation(
   account_id     text,
-  reservation_id text
+  reservation_id text,
+  at             timestamptz
 )
 returns credits.balances
 language plpgsql
 as $$
 begin
   return credits._return_hold(
-    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired');
+    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired', at => _expire_reservation.at);
 end $$;
 
 -- The reservation is the stored result of the call that closes it.
