@@ -1,5 +1,6 @@
 """The database of the benchmark: a private server, or a given one, with the product installed and accounts in it."""
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ shared_buffers = '512MB'
 max_wal_size = '4GB'
 checkpoint_timeout = '30min'
 """
+# Sessions keep the plans that they made while a table was empty, so no table is when they come.
+HISTORY = (
+    "select credits.spend('acct_' || n, 1, key => 'past_{i}') from generate_series(1, {accounts}) n",
+    "select credits.reserve('acct_' || n, 2, 'past_{i}') from generate_series(1, {accounts}) n",
+    "select credits.settle('acct_' || n, 'past_{i}', 1) from generate_series(1, {accounts}) n",
+)
 SHOWN = (
     "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size", "checkpoint_timeout",
     "wal_compression", "wal_sync_method", "data_checksums", "autovacuum", "max_connections", "jit",
@@ -122,7 +129,7 @@ def prepare(database: Database, accounts: int, home: Path) -> None:
         if member != (True,) or conn.info.server_version >= 160000:
             option = " with set true, inherit true" if conn.info.server_version >= 160000 else ""
             conn.execute(sql.SQL("grant {} to current_user" + option).format(sql.Identifier(ROLE)))
-        conn.execute((HERE / "floor_tables.sql").read_bytes())
+        conn.execute((HERE / "setup.sql").read_bytes())
     with database.connect() as conn:
         conn.execute("select credits.load_demo_catalog()")
         conn.execute("select credits.open_account('acct_' || n) from generate_series(1, %s) n", [accounts])
@@ -132,10 +139,22 @@ def prepare(database: Database, accounts: int, home: Path) -> None:
                 " expires_at => now() + make_interval(months => %s)) from generate_series(1, %s) n",
                 [kind, kind, months, accounts],
             )
+        past = max(20, 10_000 // accounts)  # by so many spends and pairs each account has a past
+        for statement, i in itertools.product(HISTORY, range(past)):
+            conn.execute(statement.format(accounts=accounts, i=i).encode())
+        conn.execute(
+            "select credits.receive_stripe_event('bench', floor.paid_session(n, n)) from generate_series(1, %s) n",
+            [accounts],
+        )
         conn.execute(
             "insert into floor.balances (account_id, balance) select 'acct_' || n, 3000000000"
             " from generate_series(1, %s) n",
             [accounts],
+        )
+        conn.execute(
+            "insert into floor.entries (account_id, seq, amount, balance_after)"
+            " select 'acct_' || n, -i, -1, 3000000000 + i from generate_series(1, %s) i, generate_series(1, %s) n",
+            [past, accounts],
         )
     for role in (None, "credits_owner"):
         with database.connect(role) as conn:

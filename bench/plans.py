@@ -14,12 +14,6 @@ VERBS = {
     "spend_many": "select * from credits.spend_many((select jsonb_agg(jsonb_build_object("
     "'account_id', 'acct_' || i, 'amount', 1, 'key', 'plan_{n}_' || i)) from generate_series(1, 100) i))",
 }
-FILL = (  # so that the planner has something to choose from
-    "select credits.spend(account_id, 1, key => 'fill_' || i) from credits.accounts, generate_series(1, 20) i",
-    "select credits.reserve(account_id, 2, 'fill_' || i) from credits.accounts, generate_series(1, 20) i",
-    "select credits.settle(account_id, 'fill_' || i, 1) from credits.accounts, generate_series(1, 20) i",
-    "vacuum analyze",
-)
 WARM = 10  # after five calls PL/pgSQL decides whether a plan may be generic
 SWITCHES = ("log_analyze", "log_buffers", "log_wal", "log_timing", "log_nested_statements")
 
@@ -28,8 +22,6 @@ def explain(database: Database) -> str:
     """Call each verb until its plans are settled, then once more and keep the plan of every statement inside."""
     parts = ["Plans with EXPLAIN (ANALYZE, BUFFERS, WAL) of each statement, in the order in which they end.\n"]
     with database.admin() as conn:
-        for statement in FILL:
-            conn.execute(statement.encode())
         try:
             conn.execute("load 'auto_explain'")
             for switch in SWITCHES:

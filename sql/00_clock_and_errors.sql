@@ -107,7 +107,7 @@ create or replace function credits._fingerprint(
 )
 returns jsonb
 language sql
-immutable
+stable
 as $$
   select jsonb_strip_nulls(_fingerprint.arguments)
          || case when _fingerprint.metadata is null then '{}' else jsonb_build_object('metadata', _fingerprint.metadata) end
