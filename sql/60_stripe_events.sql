@@ -99,7 +99,7 @@ begin
       '\\ufffd', 'gi')::jsonb;
   end;
 exception
-  when invalid_text_representation then
+  when invalid_text_representation or statement_too_complex then
     perform credits._fail_payload();
   when data_exception then
     return '{}';

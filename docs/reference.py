@@ -1,0 +1,52 @@
+"""Prints docs/reference.md from the comments in a migrated database: python docs/reference.py DSN > docs/reference.md"""
+
+import sys
+from typing import Any
+
+import psycopg
+from psycopg import Connection
+
+_FUNCTIONS = """
+select p.proname as name, pg_get_function_arguments(p.oid) as arguments, pg_get_function_result(p.oid) as result,
+       obj_description(p.oid, 'pg_proc') as comment,
+       (select string_agg(format('%s %s', a.attname, format_type(a.atttypid, a.atttypmod)), ', ' order by a.attnum)
+          from pg_type t join pg_attribute a on a.attrelid = t.typrelid and a.attnum > 0 and not a.attisdropped
+         where t.oid = p.prorettype) as columns
+  from pg_proc p
+ where p.pronamespace = 'credits'::regnamespace and has_function_privilege('credits_service', p.oid, 'execute')
+ order by p.proname
+"""
+_TABLES = """
+select c.relname as name, obj_description(c.oid, 'pg_class') as comment,
+       array_agg(array[a.attname, format_type(a.atttypid, a.atttypmod), coalesce(col_description(c.oid, a.attnum), '')]
+                 order by a.attnum) as columns
+  from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+ where c.relnamespace = 'credits'::regnamespace and c.relkind in ('r', 'v')
+ group by c.oid, c.relname
+ order by c.relname
+"""
+
+
+def reference(conn: Connection[Any]) -> str:
+    """The page as Markdown, of the database that conn is connected to."""
+    lines = [
+        "# Reference",
+        "",
+        "Made by `docs/reference.py` from the comments in the database; `\\df+ credits.*` in psql shows the same.",
+        "",
+        "## Functions",
+    ]
+    for name, arguments, result, comment, columns in conn.execute(_FUNCTIONS):
+        lines += ["", f"### {name}", "", "```", f"{name}({arguments})", f"returns {result}"]
+        lines += [f"  ({columns})"] if columns else []
+        lines += ["```", "", comment]
+    lines += ["", "## Tables and views", "", "Granted to nobody, but for the view `trial_balance`. For reading along."]
+    for name, comment, columns in conn.execute(_TABLES):
+        lines += ["", f"### {name}", "", comment, "", "| column | type | |", "|---|---|---|"]
+        lines += [f"| `{column}` | {type_} | {text} |" for column, type_, text in columns]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    with psycopg.connect(sys.argv[1]) as connection:
+        sys.stdout.write(reference(connection))
