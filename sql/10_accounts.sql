@@ -99,11 +99,10 @@ as $$
 declare
   v_now     timestamptz := credits.now();
   v_account credits.accounts := credits._account(get_balance.account_id);
-  v_balance credits.balances;
+  v_balance credits.balances := credits._balance(get_balance.account_id);
+  v_debt    numeric := credits._debt_at(v_balance, v_now);
   v_result  credits.balance_result;
 begin
-  select b.* into v_balance from credits.balances b where b.account_id = get_balance.account_id;
-
   with lots as (
     select l.*, l.remaining + l.held as live
       from credits._lots_at(v_balance, v_now) l
@@ -121,10 +120,10 @@ begin
       from lots l
   )
   select get_balance.account_id,
-         trim_scale(t.free - credits._debt_at(v_balance, v_now)),
+         trim_scale(t.free - v_debt),
          trim_scale(t.held),
          trim_scale(t.balance),
-         trim_scale(credits._debt_at(v_balance, v_now)),
+         trim_scale(v_debt),
          v_account.status,
          v_account.plan,
          n.expires_at,
@@ -362,23 +361,25 @@ create or replace function credits._lots_at(
   at      timestamptz
 )
 returns setof credits.lot
-language sql
+language plpgsql
 stable
 as $$
-  select g.grant_id, g.kind, g.scope, g.expires_at,
-         case when g.expires_at <= at then 0
-              else g.remaining + coalesce(f.returned, 0) - coalesce(f.paid, 0) end,
-         g.held - coalesce(f.returned, 0)
-    from credits.grants g
-    left join (select d.grant_id,
-                      sum(d.amount) filter (where d.returned) as returned,
-                      sum(d.paid)                             as paid
-                 from credits._freed_at(balance, at) d
-                group by d.grant_id) f on f.grant_id = g.grant_id
-   where g.account_id = (_lots_at.balance).account_id
-     and g.effective_at <= at
-     and (g.status in ('pending', 'active') or g.held > 0)
-$$;
+begin
+  return query
+    select g.grant_id, g.kind, g.scope, g.expires_at,
+           case when g.expires_at <= _lots_at.at then 0
+                else g.remaining + coalesce(f.returned, 0) - coalesce(f.paid, 0) end,
+           g.held - coalesce(f.returned, 0)
+      from credits.grants g
+      left join (select d.grant_id,
+                        sum(d.amount) filter (where d.returned) as returned,
+                        sum(d.paid)                             as paid
+                   from credits._freed_at(_lots_at.balance, _lots_at.at) d
+                  group by d.grant_id) f on f.grant_id = g.grant_id
+     where g.account_id = (_lots_at.balance).account_id
+       and g.effective_at <= _lots_at.at
+       and (g.status in ('pending', 'active') or g.held > 0);
+end $$;
 
 -- The credits that become free between the last booking and the moment, and the debt that each of them pays.
 create or replace function credits._freed_at(
@@ -386,43 +387,52 @@ create or replace function credits._freed_at(
   at      timestamptz
 )
 returns setof credits.freed_slice
-language sql
+language plpgsql
 stable
 as $$
-  with freed as (
-    select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as started, s.grant_id, s.amount,
-           true as returned
-      from credits.reservations r, unnest(r.grant_ids, r.grant_amounts) s (grant_id, amount)
-     where r.account_id = (_freed_at.balance).account_id and r.status = 'open'
-       and r.expires_at between (_freed_at.balance).next_due_at and at
-    union all
-    select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false
-      from credits.grants g
-     where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= at
-  )
-  select f.grant_id, f.amount, f.returned,
-         case when g.scope is null
-              then greatest(0, least(f.amount, (_freed_at.balance).debt - coalesce(sum(f.amount)
-                     filter (where g.scope is null) over (
-                       order by f.due_at, f.step, f.reservation_id, f.started, g.expires_at nulls last,
-                                g.priority, g.effective_at, g.grant_id
-                       rows between unbounded preceding and 1 preceding), 0)))
-              else 0 end
-    from freed f
-    join credits.grants g on g.account_id = (_freed_at.balance).account_id and g.grant_id = f.grant_id
-$$;
+begin
+  if (_freed_at.balance).next_due_at > _freed_at.at then
+    return;
+  end if;
+  return query
+    with freed as (
+      select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as started, s.grant_id, s.amount,
+             true as returned
+        from credits.reservations r, unnest(r.grant_ids, r.grant_amounts) s (grant_id, amount)
+       where r.account_id = (_freed_at.balance).account_id and r.status = 'open'
+         and r.expires_at between (_freed_at.balance).next_due_at and _freed_at.at
+      union all
+      select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false
+        from credits.grants g
+       where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= _freed_at.at
+    )
+    select f.grant_id, f.amount, f.returned,
+           case when g.scope is null
+                then greatest(0, least(f.amount, (_freed_at.balance).debt - coalesce(sum(f.amount)
+                       filter (where g.scope is null) over (
+                         order by f.due_at, f.step, f.reservation_id, f.started, g.expires_at nulls last,
+                                  g.priority, g.effective_at, g.grant_id
+                         rows between unbounded preceding and 1 preceding), 0)))
+                else 0 end
+      from freed f
+      join credits.grants g on g.account_id = (_freed_at.balance).account_id and g.grant_id = f.grant_id;
+end $$;
 
 create or replace function credits._debt_at(
   balance credits.balances,
   at      timestamptz
 )
 returns numeric
-language sql
+language plpgsql
 stable
 as $$
-  select (_debt_at.balance).debt - case when (_debt_at.balance).debt = 0 or (_debt_at.balance).next_due_at > at then 0
-                               else coalesce((select sum(d.paid) from credits._freed_at(balance, at) d), 0) end
-$$;
+begin
+  if (_debt_at.balance).debt = 0 or (_debt_at.balance).next_due_at > _debt_at.at then
+    return (_debt_at.balance).debt;
+  end if;
+  return (_debt_at.balance).debt
+         - coalesce((select sum(d.paid) from credits._freed_at(_debt_at.balance, _debt_at.at) d), 0);
+end $$;
 
 -- The row as it is now, for whoever holds its lock.
 create or replace function credits._balance(account_id text)
