@@ -1,0 +1,194 @@
+"""Bad input of every kind, for every argument of every public verb: the documented error, and nothing has changed."""
+
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from ledger_support import DAY, NOON, Ledger, refused
+from psycopg import Connection
+from psycopg.types.json import Jsonb
+
+LONG = "k" * 10_000
+TOO_SMALL = [-1, Decimal("NaN"), Decimal("Infinity"), Decimal("-Infinity"), Decimal("0.0000001"), Decimal("1e12"), Decimal("1e30")]
+
+# What is wrong with a value of this sort, and the error that says so.
+INVALID = (400, "invalid_request")
+NO_AMOUNT = (422, "invalid_amount")
+AMOUNT = {NO_AMOUNT: [None, 0, *TOO_SMALL]}
+AMOUNT_OR_ZERO = {NO_AMOUNT: [None, *TOO_SMALL]}
+AMOUNT_OR_NULL = {NO_AMOUNT: [0, *TOO_SMALL]}
+SIGNED_AMOUNT = {NO_AMOUNT: [None, 0, *TOO_SMALL[1:], Decimal("-0.0000001"), Decimal("-1e12")]}
+KEY = {INVALID: [None, "", LONG, "k" * 256]}
+ACCOUNT = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found"): ["nobody", "Ann", "ann "]}
+NEW_ACCOUNT = {INVALID: ACCOUNT[INVALID]}
+RESERVATION = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["unknown", "R"]}
+METADATA = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
+TTL = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
+
+GOOD: dict[str, dict[str, Any]] = {
+    "open_account": {"account_id": "new", "kind": "user"},
+    "freeze_account": {"account_id": "ann"},
+    "unfreeze_account": {"account_id": "ann"},
+    "get_balance": {"account_id": "ann"},
+    "balance_at": {"account_id": "ann", "at": NOON},
+    "history": {"account_id": "ann"},
+    "prove_balance": {"account_id": "ann"},
+    "grant_credits": {"account_id": "ann", "amount": 5, "key": "k"},
+    "adjust": {"account_id": "ann", "amount": 5, "key": "k"},
+    "spend": {"account_id": "ann", "amount": 5, "key": "k"},
+    "refund_spend": {"account_id": "ann", "spend_key": "spent", "amount": 5, "key": "k"},
+    "revoke_grant": {"account_id": "ann", "grant_id": 0, "amount": 5, "key": "k"},
+    "transfer_credits": {"from_account_id": "ann", "to_account_id": "bob", "amount": 5, "key": "k"},
+    "reserve": {"account_id": "ann", "amount": 5, "reservation_id": "new"},
+    "capture": {"account_id": "ann", "reservation_id": "r", "amount": 5, "key": "k"},
+    "settle": {"account_id": "ann", "reservation_id": "r", "amount": 5},
+    "release": {"account_id": "ann", "reservation_id": "r"},
+    "extend": {"account_id": "ann", "reservation_id": "r"},
+    "get_reservation": {"account_id": "ann", "reservation_id": "r"},
+    "spend_many": {"requests": Jsonb([{"account_id": "ann", "amount": 5, "key": "k"}])},
+    "receive_stripe_event": {"endpoint": "default", "payload": '{"id": "evt_1", "type": "unheard.of"}'},
+    "replay_stripe_event": {"event_id": "evt_0"},
+}
+
+BAD: dict[tuple[str, str], dict[tuple[int, str], list[Any]]] = {
+    **{(verb, "account_id"): ACCOUNT for verb in GOOD if "account_id" in GOOD[verb] and verb != "open_account"},
+    **{(verb, "key"): KEY for verb in GOOD if "key" in GOOD[verb]},
+    **{(verb, "amount"): AMOUNT for verb in ("grant_credits", "spend", "transfer_credits", "reserve", "capture")},
+    **{(verb, "amount"): AMOUNT_OR_NULL for verb in ("refund_spend", "revoke_grant")},
+    **{(verb, "reservation_id"): RESERVATION for verb in ("capture", "settle", "release", "extend", "get_reservation")},
+    **{(v, "metadata"): METADATA for v in ("open_account", "grant_credits", "spend", "transfer_credits", "reserve", "settle")},
+    ("adjust", "amount"): SIGNED_AMOUNT,
+    ("settle", "amount"): AMOUNT_OR_ZERO,
+    ("settle", "on_overage"): {INVALID: ["", "CAP", "debt"]},
+    ("reserve", "reservation_id"): {INVALID: KEY[INVALID]},
+    ("reserve", "min_amount"): AMOUNT_OR_NULL,
+    ("reserve", "ttl"): TTL,
+    ("extend", "ttl"): TTL,
+    ("open_account", "account_id"): NEW_ACCOUNT,
+    ("open_account", "kind"): {INVALID: ["", "robot", LONG]},
+    ("open_account", "plan"): {(404, "plan_not_found"): ["", "platinum", LONG]},
+    ("balance_at", "at"): {INVALID: [None]},
+    ("history", "max_rows"): {INVALID: [0, -1, 1001, 2**31 - 1]},
+    ("grant_credits", "kind"): {INVALID: ["", "salary", LONG]},
+    ("grant_credits", "expires_at"): {INVALID: [NOON, NOON - DAY, "infinity", "-infinity"]},
+    ("grant_credits", "effective_at"): {INVALID: ["infinity", "-infinity"]},
+    ("grant_credits", "scope"): {INVALID: [[], [None], ["image", None]]},
+    ("refund_spend", "spend_key"): {INVALID: KEY[INVALID], (404, "spend_not_found"): ["unknown"]},
+    ("revoke_grant", "grant_id"): {(404, "grant_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("transfer_credits", "from_account_id"): ACCOUNT,
+    ("transfer_credits", "to_account_id"): {**ACCOUNT, INVALID: [*ACCOUNT[INVALID], "ann"]},
+    ("spend_many", "requests"): {INVALID: [None, Jsonb(None), Jsonb({}), Jsonb(1), Jsonb("[]"), Jsonb([{}] * 10_001)]},
+    ("receive_stripe_event", "endpoint"): NEW_ACCOUNT,
+    ("receive_stripe_event", "payload"): {
+        INVALID: [None, "", " ", "null", "1", '"text"', "[]", '{"id": ', "{}{}", "{'id': 1}", '{"id": "\x01"}', LONG]
+    },
+    ("replay_stripe_event", "event_id"): {(404, "event_not_found"): [None, "", "evt_unknown", LONG]},
+}
+
+NOT_A_NUMBER = "22P02"
+NOT_A_TIME = "22007"
+MISTYPED: dict[tuple[str, str], str] = {
+    **{(verb, "amount"): NOT_A_NUMBER for verb in GOOD if "amount" in GOOD[verb]},
+    ("reserve", "min_amount"): NOT_A_NUMBER,
+    ("revoke_grant", "grant_id"): NOT_A_NUMBER,
+    ("history", "before_seq"): NOT_A_NUMBER,
+    ("history", "max_rows"): NOT_A_NUMBER,
+    ("grant_credits", "priority"): NOT_A_NUMBER,
+    ("grant_credits", "scope"): NOT_A_NUMBER,
+    ("spend", "metadata"): NOT_A_NUMBER,
+    ("spend_many", "requests"): NOT_A_NUMBER,
+    ("grant_credits", "expires_at"): NOT_A_TIME,
+    ("balance_at", "at"): NOT_A_TIME,
+    ("reserve", "ttl"): NOT_A_TIME,
+    ("extend", "ttl"): NOT_A_TIME,
+}
+
+
+@pytest.fixture
+def ledger(conn: Connection[Any]) -> Ledger:
+    """An account with a little of everything, which bad input must leave alone."""
+    ledger = Ledger(conn)
+    ledger.open("ann", 100)
+    ledger.open("bob")
+    ledger.spend("ann", 10, key="spent")
+    ledger.reserve("ann", 10, "r")
+    return ledger
+
+
+def good(ledger: Ledger, verb: str) -> dict[str, Any]:
+    """Arguments that work."""
+    arguments = dict(GOOD[verb])
+    if verb == "revoke_grant":
+        arguments["grant_id"] = ledger.table("grants")[0].grant_id
+    return arguments
+
+
+@pytest.mark.parametrize("verb", sorted(set(GOOD) - {"replay_stripe_event"}))
+def test_the_arguments_that_are_spoilt_below_work_unspoilt(ledger: Ledger, verb: str) -> None:
+    ledger.rows(verb, **good(ledger, verb))
+
+
+@pytest.mark.parametrize(("verb", "argument"), BAD, ids="-".join)
+def test_a_bad_value_is_refused_and_changes_nothing(ledger: Ledger, verb: str, argument: str) -> None:
+    arguments = good(ledger, verb)
+    with ledger.unchanged():
+        for (status, code), values in BAD[verb, argument].items():
+            for value in values:
+                with refused(status, code):
+                    ledger.rows(verb, **{**arguments, argument: value})
+                    pytest.fail(f"{verb} accepted {argument} = {value!r}"[:200])
+
+
+@pytest.mark.parametrize(("verb", "argument"), MISTYPED, ids="-".join)
+def test_a_value_of_another_type_is_refused_by_the_database(ledger: Ledger, verb: str, argument: str) -> None:
+    arguments = good(ledger, verb)
+    with ledger.unchanged():
+        for value in ("abc", "{"):
+            with pytest.raises(psycopg.DataError) as caught:
+                ledger.rows(verb, **{**arguments, argument: value})
+            assert caught.value.sqlstate == MISTYPED[verb, argument]
+
+
+@pytest.mark.parametrize("verb", sorted(set(GOOD) - {"history", "get_balance", "prove_balance"}))
+def test_an_argument_that_does_not_exist_is_refused_by_the_database(ledger: Ledger, verb: str) -> None:
+    with ledger.unchanged(), pytest.raises(psycopg.errors.UndefinedFunction):
+        ledger.rows(verb, **good(ledger, verb), amuont=5)
+
+
+@pytest.mark.parametrize("argument", ["account_id", "amount", "key", "metadata"])
+def test_a_bad_request_of_a_batch_is_answered_as_spend_would_and_changes_nothing(ledger: Ledger, argument: str) -> None:
+    bad = [(error, value) for error, values in BAD["spend", argument].items() for value in values]
+    requests = [
+        {**GOOD["spend"], argument: value.obj if isinstance(value, Jsonb) else str(value) if isinstance(value, Decimal) else value}
+        for _, value in bad
+        if not isinstance(value, Jsonb) or value.obj is not None  # a JSON null is no metadata
+    ]
+    errors = [error for error, value in bad if not isinstance(value, Jsonb) or value.obj is not None]
+    with ledger.unchanged():
+        rows = ledger.spend_many(requests)
+    assert [(row.status, row.code) for row in rows] == errors
+    assert [row.position for row in rows] == list(range(1, len(bad) + 1))[: len(rows)]
+
+
+@pytest.mark.parametrize("request_", [1, "text", None, [], {}, {"amount": {}}, {"amount": "abc"}, {"amount": "1e3"}, {"amount": "1_000"}])
+def test_a_request_that_is_no_spend_is_answered_alone(ledger: Ledger, request_: Any) -> None:
+    fine = {"account_id": "ann", "amount": 5, "key": "fine"}
+    first, odd, last = ledger.rows("spend_many", requests=Jsonb([fine, request_, {**fine, "key": "too"}]))
+    assert (first.status, last.status) == (200, 200)
+    assert (odd.status, odd.code) == NO_AMOUNT
+    assert ledger.available() == 70
+
+
+def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
+    rows = ledger.query(
+        "select p.proname as verb, unnest(p.proargnames[:p.pronargs]) as argument from pg_proc p "
+        "where p.pronamespace = 'credits'::regnamespace and has_function_privilege('credits_service', p.oid, 'execute')"
+    )
+    free = {  # any text will do, or a filter that any value only narrows
+        "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
+        "status", "type", "before",
+    }  # fmt: skip
+    known = {(row.verb, row.argument) for row in rows if row.argument not in free}
+    assert known - {("list_stripe_events", "max_rows")} == set(BAD)
