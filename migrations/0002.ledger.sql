@@ -236,7 +236,7 @@ create type credits.spend_request as (
 
 -- A grant as it is at some moment, and credits that become free by then with the debt that they pay.
 create type credits.lot as (
-  grant_id bigint, kind text, scope text[], expires_at timestamptz, remaining numeric, held numeric);
+  grant_id bigint, kind credits.grant_kind, scope text[], expires_at timestamptz, remaining numeric, held numeric);
 create type credits.freed_slice as (grant_id bigint, amount numeric, returned boolean, paid numeric);
 
 do $$
