@@ -140,7 +140,7 @@ class Ledger(Client):
 
 
 @contextmanager
-def refused(status: int, code: str, **detail: Any) -> Iterator[None]:
+def refused(status: int, code: str, /, **detail: Any) -> Iterator[None]:
     """The block is refused with this error; detail is part of its DETAIL, numbers compared as numbers."""
     with pytest.raises(CreditsError) as caught:
         yield
