@@ -226,8 +226,9 @@ create type credits.audit_finding as (
   invariant text, account_id text, detail jsonb);
 
 -- How a set of grants pays for something: what each gives, their sum, and how much of the credits without a scope is
--- left (null = not counted).
-create type credits.slices as (grant_ids bigint[], amounts numeric[], taken numeric, left_free numeric);
+-- left (null = not counted). ended: credits returned to a grant whose time was over.
+create type credits.slices as (
+  grant_ids bigint[], amounts numeric[], taken numeric, left_free numeric, ended boolean);
 
 -- One request of spend_many, read and checked; simple ones are booked together.
 create type credits.spend_request as (

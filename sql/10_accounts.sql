@@ -447,20 +447,6 @@ begin
   return v_balance;
 end $$;
 
--- May use credits. Read after the lock, in a statement of its own, so that a freeze that came first is seen.
-create or replace function credits._check_active(account_id text)
-returns void
-language plpgsql
-stable
-as $$
-declare
-  v_status text := (select a.status from credits.accounts a where a.account_id = _check_active.account_id);
-begin
-  if v_status <> 'active' then
-    perform credits._fail_status(_check_active.account_id, v_status);
-  end if;
-end $$;
-
 -- May receive credits: a frozen account may, a closed one not.
 create or replace function credits._check_open(account_id text)
 returns void

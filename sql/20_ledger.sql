@@ -150,24 +150,33 @@ as $$
            coalesce((_entry_text.entry).key, ''))
 $$;
 
+-- The entry that a key has written, if it was the same call; a row of nulls if the key is new. Where the verb uses
+-- credits, a new key also needs an active account: read after the lock, so that a freeze that came first is seen.
 create or replace function credits._first_entry(
   account_id  text,
   operation   text,
   key         text,
-  fingerprint jsonb
+  fingerprint jsonb,
+  uses        boolean default false
 )
 returns credits.entries
 language plpgsql
 stable
 as $$
 declare
+  v_found record;
   v_entry credits.entries;
 begin
-  select e.* into v_entry
-    from credits.entries e
-   where e.account_id = _first_entry.account_id and e.operation = _first_entry.operation and e.key = _first_entry.key;
-  if found then
+  select a.status, e as entry into v_found
+    from credits.accounts a
+    left join credits.entries e
+      on e.account_id = _first_entry.account_id and e.operation = _first_entry.operation and e.key = _first_entry.key
+   where a.account_id = _first_entry.account_id;
+  v_entry := v_found.entry;
+  if v_entry.entry_seq is not null then
     perform credits._check_same(v_entry.fingerprint, _first_entry.fingerprint, _first_entry.operation, _first_entry.key);
+  elsif _first_entry.uses and v_found.status <> 'active' then
+    perform credits._fail_status(_first_entry.account_id, v_found.status);
   end if;
   return v_entry;
 end $$;

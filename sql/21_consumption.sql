@@ -102,7 +102,7 @@ as $$
   )
   select row(array_agg(f.grant_id order by f.place),
              array_agg(least(f.remaining, _choose_for_debt.amount - f.before) order by f.place),
-             coalesce(sum(least(f.remaining, _choose_for_debt.amount - f.before)), 0), null)::credits.slices
+             coalesce(sum(least(f.remaining, _choose_for_debt.amount - f.before)), 0), null, null)::credits.slices
     from free f
    where f.before < _choose_for_debt.amount
 $$;
@@ -115,7 +115,7 @@ returns credits.slices
 language sql
 immutable
 as $$
-  select row(array[_slice.grant_id], array[_slice.amount], _slice.amount, null)::credits.slices
+  select row(array[_slice.grant_id], array[_slice.amount], _slice.amount, null, null)::credits.slices
 $$;
 
 create or replace function credits._fail_short(

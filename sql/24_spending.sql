@@ -28,12 +28,11 @@ begin
   perform credits._check_key(spend.key, 'key');
   perform credits._check_metadata(spend.metadata);
   v_balance := credits._lock_account(spend.account_id);
-  v_entry   := credits._first_entry(spend.account_id, 'spend', spend.key, v_print);
+  v_entry   := credits._first_entry(spend.account_id, 'spend', spend.key, v_print, uses => true);
   if v_entry.entry_seq is not null then
     return credits._entry_result(v_entry, true);
   end if;
 
-  perform credits._check_active(spend.account_id);
   v_slices := credits._take(spend.account_id, v_amount, spend.capability);
   perform credits._check_taken(v_balance, v_slices, v_amount);
   v_entry.account_id  := spend.account_id;
@@ -163,12 +162,12 @@ begin
     v_from := credits._lock_account(transfer_credits.from_account_id);
   end if;
 
-  v_entry := credits._first_entry(transfer_credits.from_account_id, 'transfer', transfer_credits.key, v_print);
+  v_entry := credits._first_entry(transfer_credits.from_account_id, 'transfer', transfer_credits.key, v_print,
+                                  uses => true);
   if v_entry.entry_seq is not null then
     return credits._transfer_result(v_entry, transfer_credits.to_account_id, true);
   end if;
 
-  perform credits._check_active(transfer_credits.from_account_id);
   perform credits._check_open(transfer_credits.to_account_id);
   v_slices := credits._take(transfer_credits.from_account_id, v_amount);
   perform credits._check_taken(v_from, v_slices, v_amount);
@@ -239,7 +238,7 @@ as $$
       from slices s
   )
   select row(array_agg(r.grant_id order by r.place desc), array_agg(r.amount order by r.place desc),
-             sum(r.amount), null)::credits.slices
+             sum(r.amount), null, null)::credits.slices
     from returned r
    where r.amount > 0
 $$;

@@ -25,15 +25,19 @@ declare
   v_balance credits.balances;
   v_slices  credits.slices;
   v_first   credits.reservations;
+  v_found   record;
   v_now     timestamptz;
 begin
   perform credits._check_key(reserve.reservation_id, 'reservation_id');
   perform credits._check_metadata(reserve.metadata);
   v_balance := credits._lock_account(reserve.account_id);
-  select r.* into v_first
-    from credits.reservations r
-   where r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id;
-  if found then
+  select a.status, r as reservation into v_found
+    from credits.accounts a
+    left join credits.reservations r
+      on r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id
+   where a.account_id = reserve.account_id;
+  v_first := v_found.reservation;
+  if v_first.reservation_id is not null then
     perform credits._check_same(
       credits._reserve_print(v_first.requested, v_first.ttl, v_first.min_amount, v_first.description,
         v_first.subject, v_first.member_id, v_first.capability, v_first.metadata),
@@ -43,7 +47,9 @@ begin
     return credits._reserve_result(v_first, true);
   end if;
 
-  perform credits._check_active(reserve.account_id);
+  if v_found.status <> 'active' then
+    perform credits._fail_status(reserve.account_id, v_found.status);
+  end if;
   v_slices := credits._take(reserve.account_id, v_amount, reserve.capability, 'held');
   perform credits._check_taken(v_balance, v_slices, least(v_amount, credits._check_min_amount(reserve.min_amount)));
 

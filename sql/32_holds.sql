@@ -124,10 +124,11 @@ begin
   if v_debt > 0 then
     v_entry := credits._post_overdraft(v_hold, v_debt, _settle.request, v_entry.key is null);
   end if;
-  if v_held > _settle.amount then
+  if v_held > _settle.amount and (v_balance.debt > 0 or v_slices.ended) then
     v_balance := credits._tidy(v_hold.account_id);
-  else
-    v_balance := credits._balance(v_hold.account_id);
+  elsif v_entry.entry_seq is not null then
+    v_balance.entry_seq := v_entry.entry_seq;
+    v_balance.balance   := v_entry.balance_after;
   end if;
   return credits._close(v_hold, 'settled', v_balance, _settle.request, _settle.amount, v_slices.taken + v_debt, v_entry);
 end $$;
@@ -144,9 +145,11 @@ declare
   v_hold   credits.reservations := _end_hold.hold;
   v_open   numeric := _end_hold.amount;
   v_use    numeric;
+  v_ends   timestamptz;
   v_slices credits.slices;
 begin
   v_slices.taken := 0;
+  v_slices.ended := false;
   for v_place in 1 .. cardinality(v_hold.grant_ids) loop
     v_use  := least(v_open, v_hold.grant_amounts[v_place]);
     v_open := v_open - v_use;
@@ -157,7 +160,9 @@ begin
            status    = case when v_use < v_hold.grant_amounts[v_place] then 'active'
                             when g.status = 'active' and g.remaining = 0 and g.held = v_use then 'exhausted'
                             else g.status end
-     where g.account_id = v_hold.account_id and g.grant_id = v_hold.grant_ids[v_place];
+     where g.account_id = v_hold.account_id and g.grant_id = v_hold.grant_ids[v_place]
+    returning g.expires_at into v_ends;
+    v_slices.ended := v_slices.ended or coalesce(v_ends <= credits.now(), false);
     if v_use > 0 then
       v_slices.grant_ids := v_slices.grant_ids || v_hold.grant_ids[v_place];
       v_slices.amounts   := v_slices.amounts || v_use;
