@@ -127,7 +127,9 @@ class Ledger(Client):
                 "and c.relkind in ('r', 'p') order by 1"
             )
             return {
-                name: [row.row for row in self.query(f"select to_jsonb(t)::text as row from credits.{name} t order by 1")]
+                name: [
+                    row.row for row in self.query(f"select to_jsonb(t)::text as row from credits.{name} t order by 1")
+                ]
                 for (name,) in names
             }
 

@@ -31,7 +31,9 @@ def test_opening_again_replays_as_long_as_nothing_contradicts(ledger: Ledger) ->
             assert same(first, ledger.open_account("ann", **repeat))
 
 
-@pytest.mark.parametrize("change", [{"kind": "organization"}, {"plan": "team"}, {"email": "x"}, {"metadata": {"n": 2}}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"kind": "organization"}, {"plan": "team"}, {"email": "x"}, {"metadata": {"n": 2}}], ids=str
+)
 def test_opening_again_with_other_arguments_is_refused(ledger: Ledger, change: dict[str, Any]) -> None:
     ledger.open_account("ann", plan="free", metadata={"n": 1})
     with ledger.unchanged(), refused(409, "idempotency_conflict", operation="open_account", key="ann"):

@@ -11,7 +11,15 @@ from psycopg import Connection
 from psycopg.types.json import Jsonb
 
 LONG = "k" * 10_000
-TOO_SMALL = [-1, Decimal("NaN"), Decimal("Infinity"), Decimal("-Infinity"), Decimal("0.0000001"), Decimal("1e12"), Decimal("1e30")]
+TOO_SMALL = [
+    -1,
+    Decimal("NaN"),
+    Decimal("Infinity"),
+    Decimal("-Infinity"),
+    Decimal("0.0000001"),
+    Decimal("1e12"),
+    Decimal("1e30"),
+]
 
 # What is wrong with a value of this sort, and the error that says so.
 INVALID = (400, "invalid_request")
@@ -58,7 +66,10 @@ BAD: dict[tuple[str, str], dict[tuple[int, str], list[Any]]] = {
     **{(verb, "amount"): AMOUNT for verb in ("grant_credits", "spend", "transfer_credits", "reserve", "capture")},
     **{(verb, "amount"): AMOUNT_OR_NULL for verb in ("refund_spend", "revoke_grant")},
     **{(verb, "reservation_id"): RESERVATION for verb in ("capture", "settle", "release", "extend", "get_reservation")},
-    **{(v, "metadata"): METADATA for v in ("open_account", "grant_credits", "spend", "transfer_credits", "reserve", "settle")},
+    **{
+        (v, "metadata"): METADATA
+        for v in ("open_account", "grant_credits", "spend", "transfer_credits", "reserve", "settle")
+    },
     ("adjust", "amount"): SIGNED_AMOUNT,
     ("settle", "amount"): AMOUNT_OR_ZERO,
     ("settle", "on_overage"): {INVALID: ["", "CAP", "debt"]},
@@ -161,7 +172,10 @@ def test_an_argument_that_does_not_exist_is_refused_by_the_database(ledger: Ledg
 def test_a_bad_request_of_a_batch_is_answered_as_spend_would_and_changes_nothing(ledger: Ledger, argument: str) -> None:
     bad = [(error, value) for error, values in BAD["spend", argument].items() for value in values]
     requests = [
-        {**GOOD["spend"], argument: value.obj if isinstance(value, Jsonb) else str(value) if isinstance(value, Decimal) else value}
+        {
+            **GOOD["spend"],
+            argument: value.obj if isinstance(value, Jsonb) else str(value) if isinstance(value, Decimal) else value,
+        }
         for _, value in bad
         if not isinstance(value, Jsonb) or value.obj is not None  # a JSON null is no metadata
     ]
@@ -172,7 +186,9 @@ def test_a_bad_request_of_a_batch_is_answered_as_spend_would_and_changes_nothing
     assert [row.position for row in rows] == list(range(1, len(bad) + 1))[: len(rows)]
 
 
-@pytest.mark.parametrize("request_", [1, "text", None, [], {}, {"amount": {}}, {"amount": "abc"}, {"amount": "1e3"}, {"amount": "1_000"}])
+@pytest.mark.parametrize(
+    "request_", [1, "text", None, [], {}, {"amount": {}}, {"amount": "abc"}, {"amount": "1e3"}, {"amount": "1_000"}]
+)
 def test_a_request_that_is_no_spend_is_answered_alone(ledger: Ledger, request_: Any) -> None:
     fine = {"account_id": "ann", "amount": 5, "key": "fine"}
     first, odd, last = ledger.rows("spend_many", requests=Jsonb([fine, request_, {**fine, "key": "too"}]))

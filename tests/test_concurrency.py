@@ -68,7 +68,9 @@ def test_one_key_from_many_threads_is_done_once(ledger: Ledger, database: Databa
 
 def test_one_key_with_many_arguments_is_done_once(ledger: Ledger, database: Database) -> None:
     ledger.open("ann", 1000)
-    results = together(database, [partial(Ledger.spend, account_id="ann", amount=n + 1, key="k") for n in range(THREADS)])
+    results = together(
+        database, [partial(Ledger.spend, account_id="ann", amount=n + 1, key="k") for n in range(THREADS)]
+    )
     assert outcomes(results) == {"done": 1, "idempotency_conflict": THREADS - 1}
     (spent,) = [result.amount for result in results if not isinstance(result, CreditsError)]
     assert ledger.available() == 1000 + spent
@@ -116,7 +118,10 @@ def test_a_rush_with_min_amount_holds_every_credit_and_none_twice(ledger: Ledger
     ledger.open("ann", 95)
     results = together(
         database,
-        [partial(Ledger.reserve, account_id="ann", amount=10, reservation_id=f"r{n}", min_amount=1) for n in range(THREADS)],
+        [
+            partial(Ledger.reserve, account_id="ann", amount=10, reservation_id=f"r{n}", min_amount=1)
+            for n in range(THREADS)
+        ],
     )
     held = [result.amount for result in results if not isinstance(result, CreditsError)]
     assert sorted(held) == [5] + [10] * 9
@@ -220,12 +225,17 @@ def test_transfers_in_both_directions_at_once_lose_nothing(ledger: Ledger, datab
             on.transfer_credits(giver, taker, turn + 1, key=f"{n}-{turn}")
         return 20
 
-    jobs = [partial(give, giver=giver, taker=taker, n=n) for n, (giver, taker) in enumerate([("ann", "bob"), ("bob", "ann")] * 4)]
+    jobs = [
+        partial(give, giver=giver, taker=taker, n=n)
+        for n, (giver, taker) in enumerate([("ann", "bob"), ("bob", "ann")] * 4)
+    ]
     assert together(database, jobs) == [20] * 8
     assert (ledger.available("ann"), ledger.available("bob")) == (500, 500)
 
 
-def test_batches_and_single_spends_on_the_same_accounts_take_each_credit_once(ledger: Ledger, database: Database) -> None:
+def test_batches_and_single_spends_on_the_same_accounts_take_each_credit_once(
+    ledger: Ledger, database: Database
+) -> None:
     accounts = [f"a{n}" for n in range(10)]
     for account_id in accounts:
         ledger.open(account_id, 100, key=f"first-{account_id}")

@@ -43,7 +43,11 @@ def test_what_was_used_becomes_debt_and_stops_spending(ledger: Ledger) -> None:
     result = revoke(ledger, lot)
     assert (result.amount, result.debt, result.balance, result.available) == (-3, 7, 0, -7)
     assert ledger.kinds()[-2:] == [("revoke", -3), ("clawback", 7)]
-    for refuse in (lambda: ledger.use(1), lambda: ledger.reserve("ann", 1, "r"), lambda: ledger.adjust("ann", -1, key="a")):
+    for refuse in (
+        lambda: ledger.use(1),
+        lambda: ledger.reserve("ann", 1, "r"),
+        lambda: ledger.adjust("ann", -1, key="a"),
+    ):
         with refused(402, "insufficient_credits", required=1, available=-7):
             refuse()
     assert_sound(ledger)

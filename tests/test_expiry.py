@@ -237,7 +237,10 @@ def test_late_booking_ends_where_punctual_booking_does_and_where_the_read_said(l
     assert read._replace(entry_seq=0) == booked._replace(entry_seq=0)
     assert booked._replace(account_id="", entry_seq=0) == punctual._replace(account_id="", entry_seq=0)
     lots = {
-        name: [(g.status, g.remaining, g.held, g.consumed, g.expired, g.owed) for g in ledger.table("grants", "account_id = %s order by grant_id", name)]
+        name: [
+            (g.status, g.remaining, g.held, g.consumed, g.expired, g.owed)
+            for g in ledger.table("grants", "account_id = %s order by grant_id", name)
+        ]
         for name in ("late", "punctual")
     }
     assert lots["late"] == lots["punctual"]

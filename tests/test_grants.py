@@ -34,7 +34,13 @@ def test_the_kind_sets_the_priority_unless_one_is_given(ledger: Ledger, kind: st
     assert ledger.grant(1, kind=kind, priority=0).priority == 0
 
 
-GRANT: dict[str, Any] = {"kind": "promo", "expires_at": NOON + DAY, "description": "x", "scope": ["a"], "metadata": {"n": 1}}
+GRANT: dict[str, Any] = {
+    "kind": "promo",
+    "expires_at": NOON + DAY,
+    "description": "x",
+    "scope": ["a"],
+    "metadata": {"n": 1},
+}
 
 
 @pytest.mark.parametrize("later", [NOON, NOON + HOUR, NOON + 2 * DAY], ids=["at once", "later", "after its end"])

@@ -171,7 +171,9 @@ class Book:
             "debt": self.debt,
             "status": "frozen" if self.frozen else "active",
             "next_expiry_at": coming,
-            "next_expiry_amount": sum((n for lot, n in live.items() if lot.expires == coming), ZERO) if coming else None,
+            "next_expiry_amount": sum((n for lot, n in live.items() if lot.expires == coming), ZERO)
+            if coming
+            else None,
             "by_kind": dict(by_kind),
             "scoped": dict(scoped),
             "pending": sum((lot.remaining for lot in self.lots if not lot.started), ZERO),
@@ -212,7 +214,9 @@ class Book:
     def open_hold(self, name: str) -> Hold:
         hold = self.hold(name)
         if hold.status != "open":
-            raise RefusalError(*(410, "reservation_expired") if hold.status == "expired" else (409, "reservation_closed"))
+            raise RefusalError(
+                *(410, "reservation_expired") if hold.status == "expired" else (409, "reservation_closed")
+            )
         return hold
 
     def settle(self, name: str, amount: Decimal, policy: str, now: datetime) -> tuple[Decimal, Decimal, bool]:
@@ -277,7 +281,8 @@ def merged(slices: list[Slice]) -> list[Slice]:
 
 
 AMOUNTS = st.one_of(
-    st.integers(1, 60).map(Decimal), st.sampled_from([Decimal("0.000001"), Decimal("12.345678"), Decimal("7.5"), Decimal(500)])
+    st.integers(1, 60).map(Decimal),
+    st.sampled_from([Decimal("0.000001"), Decimal("12.345678"), Decimal("7.5"), Decimal(500)]),
 )
 SPANS = st.sampled_from([10 * MINUTE, 30 * MINUTE, HOUR, 3 * HOUR, DAY])
 ACCOUNTS = ["ann", "bob", "Cy"]
@@ -300,7 +305,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.books = {name: Book(Decimal(20 * number)) for number, name in enumerate(ACCOUNTS)}
         for name, book in self.books.items():
             self.ledger.open_account(name)
-            self.ledger.change("update credits.accounts set debt_limit = %s where account_id = %s", book.debt_limit, name)
+            self.ledger.change(
+                "update credits.accounts set debt_limit = %s where account_id = %s", book.debt_limit, name
+            )
 
     def teardown(self) -> None:
         try:
@@ -469,7 +476,9 @@ class LedgerMachine(RuleBasedStateMachine):
             for lot, part in self.books[giver].take(amount):
                 gifts[lot.expires] += part
             for expires in sorted(gifts):
-                lot = Lot(self.number(), "gift", 25, self.now, expires, None, gifts[expires], gifts[expires], started=True)
+                lot = Lot(
+                    self.number(), "gift", 25, self.now, expires, None, gifts[expires], gifts[expires], started=True
+                )
                 self.books[taker].lots.append(lot)
             self.books[taker].tidy(self.now)
 

@@ -132,7 +132,12 @@ def test_settling_within_the_hold_returns_the_rest(ledger: Ledger, actual: Any, 
     result = ledger.settle("ann", "r", actual, on_overage=policy)
     actual = Decimal(actual)
     assert (result.status, result.actual, result.charged, result.uncollected) == ("settled", actual, actual, 0)
-    assert (result.released, result.late, result.balance, result.available) == (30 - actual, False, 100 - actual, 100 - actual)
+    assert (result.released, result.late, result.balance, result.available) == (
+        30 - actual,
+        False,
+        100 - actual,
+        100 - actual,
+    )
     assert ledger.sums() == (100 - actual, 0, 100 - actual, 0)
 
 
@@ -247,7 +252,9 @@ def test_a_closed_reservation_refuses_every_other_verb(ledger: Ledger, closed: s
     else:
         ledger.release("ann", "r")
     verbs = [lambda: ledger.capture("ann", "r", 1, key="c"), lambda: ledger.extend("ann", "r")]
-    verbs.append((lambda: ledger.release("ann", "r")) if closed == "settled" else (lambda: ledger.settle("ann", "r", 1)))
+    verbs.append(
+        (lambda: ledger.release("ann", "r")) if closed == "settled" else (lambda: ledger.settle("ann", "r", 1))
+    )
     for verb in verbs:
         with ledger.unchanged(), refused(409, "reservation_closed", reservation_id="r", status=closed):
             verb()

@@ -127,7 +127,10 @@ def test_a_batch_writes_what_single_spends_write(ledger: Ledger, seed: int) -> N
                     expires_at=random.choice((None, NOON + HOUR)), scope=random.choice((None, None, ["image"])),
                 )  # fmt: skip
     wanted = [(random.randrange(4), random.randrange(1, 12), f"k{n}") for n in range(40)]
-    batch = [(row.status, row.amount, row.balance, row.available) for row in ledger.spend_many([ask(f"all{n}", a, k) for n, a, k in wanted])]
+    batch = [
+        (row.status, row.amount, row.balance, row.available)
+        for row in ledger.spend_many([ask(f"all{n}", a, k) for n, a, k in wanted])
+    ]
     single = []
     for n, amount, key in wanted:
         try:
@@ -138,7 +141,10 @@ def test_a_batch_writes_what_single_spends_write(ledger: Ledger, seed: int) -> N
     assert batch == single
     for n in range(4):
         lots = [
-            [(g.remaining, g.consumed, g.status) for g in ledger.table("grants", "account_id = %s order by grant_id", f"{prefix}{n}")]
+            [
+                (g.remaining, g.consumed, g.status)
+                for g in ledger.table("grants", "account_id = %s order by grant_id", f"{prefix}{n}")
+            ]
             for prefix in ("one", "all")
         ]
         assert lots[0] == lots[1]

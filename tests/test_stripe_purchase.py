@@ -72,7 +72,13 @@ def test_a_paid_session_becomes_a_purchase_a_grant_and_a_balance(ledger: Ledger)
         "cs_1", "pi_1", "cus_ann",
     )  # fmt: skip
     assert (purchase.grant_id, purchase.completed_at) == (grant.grant_id, NOON)
-    assert (grant.kind, grant.priority, grant.amount, grant.cost, grant.cost_currency) == ("purchase", 30, 1000, 1000, "usd")
+    assert (grant.kind, grant.priority, grant.amount, grant.cost, grant.cost_currency) == (
+        "purchase",
+        30,
+        1000,
+        1000,
+        "usd",
+    )
     assert grant.expires_at is None
     kept = stored(ledger)
     assert (kept.endpoint, kept.type, kept.status, kept.attempts) == ("shop", COMPLETED, "applied", 1)
@@ -137,11 +143,22 @@ def test_one_session_under_another_event_id_grants_once(ledger: Ledger) -> None:
         {"metadata": {"package": "starter"}, "client_reference_id": "ann"},
         {"metadata": {"account_id": "", "package": "starter"}, "client_reference_id": "ann"},
         {"metadata": {"account_id": "ann", "package": "starter"}, "client_reference_id": "nobody"},
-        {"customer": {"id": "cus_ann", "object": "customer"}, "payment_intent": {"id": "pi_1", "object": "payment_intent"}},
+        {
+            "customer": {"id": "cus_ann", "object": "customer"},
+            "payment_intent": {"id": "pi_1", "object": "payment_intent"},
+        },
         {"customer": None},
         {"payment_status": "no_payment_required"},
     ],
-    ids=["metadata", "client reference", "empty metadata", "metadata goes first", "expanded", "guest", "nothing to pay"],
+    ids=[
+        "metadata",
+        "client reference",
+        "empty metadata",
+        "metadata goes first",
+        "expanded",
+        "guest",
+        "nothing to pay",
+    ],
 )
 def test_the_account_is_found_by_metadata_or_client_reference(ledger: Ledger, change: Change) -> None:
     assert deliver(ledger, event(**change)) == "applied"
@@ -162,8 +179,14 @@ PARKED: dict[str, tuple[str, Change]] = {
     "no total": ("amount_unknown", {"amount_total": None}),
     "an amount that is text": ("amount_unknown", {"amount_subtotal": "a lot", "amount_total": "a lot"}),
     "quantity zero": ("quantity_unknown", {"metadata": {"account_id": "ann", "package": "starter", "quantity": "0"}}),
-    "quantity many": ("quantity_unknown", {"metadata": {"account_id": "ann", "package": "starter", "quantity": "many"}}),
-    "two of them paid as one": ("amount_unknown", {"metadata": {"account_id": "ann", "package": "starter", "quantity": "2"}}),
+    "quantity many": (
+        "quantity_unknown",
+        {"metadata": {"account_id": "ann", "package": "starter", "quantity": "many"}},
+    ),
+    "two of them paid as one": (
+        "amount_unknown",
+        {"metadata": {"account_id": "ann", "package": "starter", "quantity": "2"}},
+    ),
     "no session id": ("session_unknown", {"id": None}),
 }
 
@@ -184,7 +207,9 @@ def test_what_is_not_known_parks_the_event_and_changes_nothing_else(
 
 
 @pytest.mark.parametrize("again", [lambda on: deliver(on, event()), lambda on: on.replay_stripe_event("evt_1").outcome])
-def test_a_parked_event_is_applied_once_the_account_exists(conn: Connection[Any], again: Callable[[Ledger], str]) -> None:
+def test_a_parked_event_is_applied_once_the_account_exists(
+    conn: Connection[Any], again: Callable[[Ledger], str]
+) -> None:
     ledger = Ledger(conn)
     ledger.rows("load_demo_catalog")
     assert deliver(ledger, event()) == "parked"
@@ -327,7 +352,9 @@ def test_the_wait_between_attempts_grows_and_is_bounded(ledger: Ledger) -> None:
     assert waits[-1] == waits[-2]
 
 
-@pytest.mark.parametrize("odd", ["\\u0000", "\\ud800", "\\udfff", "\\ud800\\ud800", "\\ude00\\ud83d", "\\uD83D", "a\\u0000\\udc00b"])
+@pytest.mark.parametrize(
+    "odd", ["\\u0000", "\\ud800", "\\udfff", "\\ud800\\ud800", "\\ude00\\ud83d", "\\uD83D", "a\\u0000\\udc00b"]
+)
 def test_text_that_jsonb_cannot_hold_neither_loses_the_event_nor_the_credits(ledger: Ledger, odd: str) -> None:
     payload = event(custom_text="ODD").replace("ODD", odd)
     assert deliver(ledger, payload) == "applied"
@@ -398,7 +425,8 @@ def test_two_accounts_racing_for_one_session_are_granted_once(database: Database
         prepare(ledger)
         ledger.open("bob")
         payloads = [
-            event(f"evt_{n}", metadata={"account_id": names[n % 2], "package": "starter"}, customer=None) for n in range(20)
+            event(f"evt_{n}", metadata={"account_id": names[n % 2], "package": "starter"}, customer=None)
+            for n in range(20)
         ]
         assert set(together(database, [partial(deliver, payload=payload) for payload in payloads])) == {"applied"}
         assert sum((ledger.available(name) for name in names), Decimal(0)) == 1000

@@ -48,7 +48,11 @@ def test_a_gift_keeps_its_share_of_the_cost(ledger: Ledger) -> None:
     ledger.transfer_credits("ann", "bob", 45, key="t")
     lots = {lot.cost_currency: (lot.amount, lot.cost) for lot in ledger.table("grants", "account_id = 'bob'")}
     used = ledger.history("ann")[0].grants
-    paid = sum(s["amount"] for s in used if s["grant_id"] == ledger.table("grants", "cost is not null and account_id = 'ann'")[0].grant_id)
+    paid = sum(
+        s["amount"]
+        for s in used
+        if s["grant_id"] == ledger.table("grants", "cost is not null and account_id = 'ann'")[0].grant_id
+    )
     assert lots["usd"] == (paid, paid * 10)
     assert sum(amount for amount, _ in lots.values()) == 45
 
@@ -82,7 +86,9 @@ def test_a_key_belongs_to_the_giver(ledger: Ledger) -> None:
     ("account_id", "status", "code"),
     [("ann", "frozen", "account_frozen"), ("ann", "closed", "account_closed"), ("bob", "closed", "account_closed")],
 )
-def test_an_account_that_may_not_give_or_take_is_refused(ledger: Ledger, account_id: str, status: str, code: str) -> None:
+def test_an_account_that_may_not_give_or_take_is_refused(
+    ledger: Ledger, account_id: str, status: str, code: str
+) -> None:
     ledger.change("update credits.accounts set status = %s where account_id = %s", status, account_id)
     with ledger.unchanged(), refused(423, code, account_id=account_id):
         ledger.transfer_credits("ann", "bob", 5, key="t")

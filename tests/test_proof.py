@@ -1,0 +1,248 @@
+"""The proof: the chain of hashes recomputed outside the database, and every tampering found and named."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound
+from psycopg import Connection
+from servers import Database
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def busy(ledger: Ledger) -> None:
+    """Two accounts with entries of every kind, an open reservation, a debt and a purchase."""
+    ledger.rows("load_demo_catalog")
+    ledger.open("ann", 100, "0.000001")
+    ledger.open("bob", 20)
+    ledger.grant(30, expires_at=NOON + HOUR)
+    ledger.spend("ann", "12.5", key="k|1 ключ 🙂")
+    ledger.spend_many([{"account_id": "ann", "amount": n, "key": f"m{n}", "subject": "job:1"} for n in range(1, 5)])
+    ledger.refund_spend("ann", "m4", amount=2, key="f")
+    ledger.transfer_credits("ann", "bob", 9, key="t")
+    ledger.adjust("ann", "-0.5", key="a")
+    ledger.reserve("ann", 20, "r")
+    ledger.capture("ann", "r", 5, key="c")
+    ledger.settle("ann", "r", 18)
+    ledger.now += 2 * HOUR + timedelta(microseconds=123450)
+    ledger.reserve("ann", 5, "open")
+    lot = ledger.grant(40, "bob")
+    ledger.use(40, "bob")
+    ledger.revoke_grant("bob", lot.grant_id, amount=35, key="v")
+    ledger.open("cy", 10)
+    ledger.change("update credits.accounts set debt_limit = 50")
+    ledger.reserve("cy", 10, "over")
+    ledger.settle("cy", "over", 25, on_overage="overflow")
+    ledger.grant(30, "cy")
+    ledger.receive_stripe_event("default", EVENT)
+
+
+EVENT = """{"id": "evt_1", "type": "checkout.session.completed", "created": 1893456000, "data": {"object": {
+  "id": "cs_1", "mode": "payment", "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000,
+  "currency": "usd", "metadata": {"account_id": "ann", "package": "starter"}}}}"""
+
+
+@pytest.fixture
+def ledger(conn: Connection[Any]) -> Ledger:
+    ledger = Ledger(conn)
+    busy(ledger)
+    return ledger
+
+
+@pytest.fixture
+def intruder(shared: Database) -> Iterator[Ledger]:
+    """A superuser whom no trigger and no foreign key stops."""
+    with psycopg.connect(shared.admin_dsn) as conn:
+        ledger = Ledger(conn)
+        busy(ledger)
+        assert_sound(ledger)
+        conn.execute("set session_replication_role = replica")
+        yield ledger
+        conn.rollback()
+
+
+def text_of(entry: Any) -> str:
+    """What the hash of an entry covers, as the manual says."""
+    micros = (entry.created_at - EPOCH) // timedelta(microseconds=1)
+    numbers = [format(number, "f") for number in (entry.amount, entry.debt, entry.balance_after)]
+    ids = "{" + ",".join(map(str, entry.grant_ids)) + "}"
+    parts = "{" + ",".join(format(amount, "f") for amount in entry.grant_amounts) + "}"
+    moment = f"{micros // 10**6}.{micros % 10**6:06}"
+    return "|".join([str(entry.entry_seq), moment, entry.operation, entry.kind, *numbers, ids, parts, entry.key or ""])
+
+
+def test_the_chain_can_be_recomputed_by_anybody(ledger: Ledger) -> None:
+    kinds = set()
+    for account_id in ("ann", "bob", "cy"):
+        head = hashlib.sha256(account_id.encode()).digest()
+        for entry in ledger.table("entries", "account_id = %s order by entry_seq", account_id):
+            head = hashlib.sha256(head + text_of(entry).encode()).digest()
+            assert entry.hash == head, entry
+            kinds.add(entry.kind)
+        proof = ledger.prove_balance(account_id)
+        assert (proof.ok, proof.hash, proof.findings) == (True, head.hex(), [])
+    assert kinds == {row.kind for row in ledger.table("entry_kinds")}
+
+
+def test_an_account_without_entries_has_a_head_of_its_own(ledger: Ledger) -> None:
+    ledger.open("dee")
+    proof = ledger.prove_balance("dee")
+    assert (proof.ok, proof.entries, proof.hash) == (True, 0, hashlib.sha256(b"dee").hexdigest())
+
+
+def test_the_proof_shows_the_sums_that_it_compared(ledger: Ledger) -> None:
+    proof, balance = ledger.prove_balance("ann"), ledger.get_balance("ann")
+    assert (proof.balance, proof.held, proof.debt) == (balance.balance, balance.held, balance.debt)
+    assert proof.entries_sum == proof.grants_sum == proof.balance
+    assert proof.reservations_sum == proof.held == 5
+    assert proof.entries == balance.entry_seq == len(ledger.history("ann", max_rows=1000))
+
+
+def test_the_proof_speaks_of_what_is_booked(ledger: Ledger) -> None:
+    before = ledger.prove_balance("ann")
+    ledger.now += DAY
+    assert ledger.prove_balance("ann") == before
+    assert (before.held, ledger.get_balance("ann").held) == (5, 0)
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kathmandu"])
+@pytest.mark.parametrize("setting", ["datestyle = 'German'", "intervalstyle = 'iso_8601'", "extra_float_digits = -10"])
+def test_the_proof_is_the_same_in_every_session(ledger: Ledger, zone: str, setting: str) -> None:
+    ledger.conn.execute("select set_config('timezone', %s, true)", [zone])
+    ledger.conn.execute(f"set local {setting}".encode())
+    assert_sound(ledger)
+
+
+def test_the_trial_balance_sums_to_zero_over_every_account_of_the_chart(ledger: Ledger) -> None:
+    rows = ledger.query("select * from credits.trial_balance")
+    assert sum(row.balance for row in rows) == 0
+    books = {row.account: row.balance for row in rows}
+    assert set(books) == {side for kind in ledger.table("entry_kinds") for side in (kind.debit, kind.credit)}
+    balances = [ledger.get_balance(account_id) for account_id in ("ann", "bob", "cy")]
+    assert -books["customer_credits"] == sum((row.balance for row in balances), Decimal(0))
+    assert books["customer_debt"] == sum((row.debt for row in balances), Decimal(0))
+
+
+LAST = "entry_seq = (select max(entry_seq) from credits.entries where account_id = 'ann')"
+CHAIN, HEAD = "entries_are_numbered_and_chained", "balance_holds_the_head"
+TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the intruder does
+    (CHAIN, "update credits.entries set amount = amount - 1 where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set amount = amount - 1, balance_after = balance_after - 1 where account_id = 'ann' and entry_seq >= 5"),
+    (CHAIN, "update credits.entries set created_at = created_at + interval '1 microsecond' where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set key = 'other' where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set kind = 'adjust' where account_id = 'ann' and kind = 'spend'"),
+    (CHAIN, "update credits.entries set operation = 'adjust' where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set debt = debt + 1 where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set grant_ids = grant_ids || 1::bigint, grant_amounts = grant_amounts || 0.0 where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set hash = sha256(hash) where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "delete from credits.entries where account_id = 'ann' and entry_seq = 1"),
+    (CHAIN, "delete from credits.entries where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "update credits.entries set entry_seq = entry_seq + 1000 where account_id = 'ann' and entry_seq = 5"),
+    (HEAD, f"delete from credits.entries where account_id = 'ann' and {LAST}"),
+    (HEAD, "delete from credits.entries where account_id = 'ann'"),
+    (HEAD, "update credits.balances set hash = sha256(hash) where account_id = 'ann'"),
+    (HEAD, "update credits.balances set entry_seq = entry_seq + 1 where account_id = 'ann'"),
+    ("balance_is_the_sum_of_entries", "update credits.balances set balance = balance + 1 where account_id = 'ann'"),
+    ("balance_is_the_sum_of_entries", "update credits.balances set debt = debt + 1 where account_id = 'ann'"),
+    ("held_is_the_sum_of_open_reservations", "update credits.balances set held = held + 1 where account_id = 'ann'"),
+    ("held_is_the_sum_of_open_reservations", "update credits.reservations set amount = amount + 1 where status = 'open'"),
+    ("held_is_the_sum_of_open_reservations", "update credits.reservations set status = 'released', closed_at = now() where status = 'open'"),
+    ("held_is_the_sum_of_open_reservations", "delete from credits.reservations where status = 'open'"),
+    ("grants_sum_to_the_balance", "update credits.grants set remaining = remaining + 1, amount = amount + 1 where account_id = 'ann'"),
+    ("grants_sum_to_the_balance", "delete from credits.grants where account_id = 'ann' and remaining > 0"),
+    ("grants_sum_to_the_balance", "update credits.grants set status = 'pending' where account_id = 'ann' and remaining > 0"),
+    ("grants_sum_to_the_balance", "insert into credits.grants (account_id, kind, status, priority, amount, remaining, effective_at, created_at) values ('ann', 'gift', 'active', 0, 5, 5, now(), now())"),
+    ("grant_is_what_its_entries_say", "update credits.grants set amount = amount + 1, consumed = consumed + 1 where account_id = 'ann'"),
+    ("grant_is_what_its_entries_say", "update credits.grants set consumed = consumed - 1, expired = expired + 1 where account_id = 'ann' and consumed > 1"),
+    ("grant_is_what_its_entries_say", "update credits.grants set owed = owed + 1 where account_id = 'ann' and revoked + owed < amount"),
+    ("grant_is_what_its_entries_say", "update credits.grants set remaining = remaining - 1, held = held + 1 where account_id = 'ann' and remaining > 1"),
+    ("grant_is_what_its_entries_say", "update credits.reservations set grant_amounts = array[grant_amounts[1] + 1] where status = 'open'"),
+]  # fmt: skip
+
+BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it looks beyond one account
+    ("trial_balance_is_zero", "update credits.entries set amount = 'NaN' where account_id = 'ann' and entry_seq = 5"),
+    ("entries_are_well_formed", "update credits.entries set kind = 'theft' where account_id = 'ann' and entry_seq = 5"),
+    ("entries_are_well_formed", "update credits.entries set fingerprint = null where key is not null"),
+    ("grants_are_well_formed", "update credits.grants set expires_at = effective_at where account_id = 'ann'"),
+    ("reservations_are_well_formed", "update credits.reservations set closed_at = now() where status = 'open'"),
+    ("entries_and_reservations_have_an_account", "update credits.entries set account_id = 'ghost' where account_id = 'ann'"),
+    ("entries_and_reservations_have_an_account", "update credits.reservations set account_id = 'ghost' where account_id = 'ann'"),
+    ("accounts_have_a_balance", "delete from credits.balances where account_id = 'ann'"),
+    ("keys_are_used_once", "alter table credits.entries drop constraint entries_one_per_key; update credits.entries set key = 'm1' where account_id = 'ann' and key = 'm2'"),
+    ("completed_purchases_have_their_grant", "update credits.purchases set credits = credits + 1"),
+    ("completed_purchases_have_their_grant", "delete from credits.stripe_facts"),
+    ("facts_have_their_purchase", "delete from credits.purchases"),
+]  # fmt: skip
+
+
+def tamper(intruder: Ledger, statement: str) -> None:
+    """Do it, and make sure that something was hit."""
+    *preparations, last = statement.split(";")
+    for preparation in preparations:
+        intruder.conn.execute(preparation.encode())
+    assert intruder.conn.execute(last.encode()).rowcount > 0
+
+
+@pytest.mark.parametrize(("finding", "statement"), TAMPERINGS)
+def test_tampering_with_an_account_is_found_by_its_proof_and_by_the_audit(
+    intruder: Ledger, finding: str, statement: str
+) -> None:
+    tamper(intruder, statement)
+    assert (finding, "ann") in {(row.invariant, row.account_id) for row in intruder.audit()}
+    proof = intruder.prove_balance("ann")
+    assert not proof.ok
+    assert finding in {found["invariant"] for found in proof.findings}
+    assert intruder.prove_balance("bob").ok
+
+
+@pytest.mark.parametrize(("finding", "statement"), BOOK_TAMPERINGS)
+def test_tampering_beyond_one_account_is_found_by_the_audit(intruder: Ledger, finding: str, statement: str) -> None:
+    tamper(intruder, statement)
+    assert finding in {row.invariant for row in intruder.audit()}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update credits.entries set refunds_seq = 2 where account_id = 'ann' and kind = 'refund'",
+        "update credits.entries set refunds_seq = null where account_id = 'ann' and kind = 'refund'",
+        "update credits.entries set reservation_id = 'other' where account_id = 'ann' and kind = 'settle'",
+        "update credits.entries set available_after = available_after + 1 where account_id = 'ann' and entry_seq = 5",
+    ],
+)
+def test_tampering_with_what_an_entry_refers_to_is_found(intruder: Ledger, statement: str) -> None:
+    tamper(intruder, statement)
+    assert not intruder.prove_balance("ann").ok
+
+
+def test_every_finding_that_the_audit_can_name_is_provoked_here(ledger: Ledger) -> None:
+    rows = ledger.query(
+        r"select p.prosrc as body from pg_proc p where p.pronamespace = 'credits'::regnamespace and p.proname ~ '^_?audit'"
+    )
+    named = {name for row in rows for name in re.findall(r"select '(\w+)',", row.body)}
+    assert named == {finding for finding, _ in TAMPERINGS + BOOK_TAMPERINGS}
+
+
+def test_a_constraint_stops_what_breaks_a_lot_or_a_balance_at_once(intruder: Ledger) -> None:
+    for statement in (
+        "update credits.grants set consumed = consumed + 1",
+        "update credits.grants set remaining = remaining - 1000, consumed = consumed + 1000",
+        "update credits.balances set held = balance + 1",
+        "update credits.balances set debt = -1",
+        "insert into credits.grants overriding system value select * from credits.grants limit 1",
+    ):
+        with pytest.raises(psycopg.IntegrityError), intruder.conn.transaction():
+            intruder.conn.execute(statement.encode())
+
+
+def test_the_service_may_neither_read_nor_write_a_table(ledger: Ledger) -> None:
+    for table in ("entries", "grants", "balances", "reservations", "accounts", "purchases", "stripe_events"):
+        for statement in (f"select from credits.{table}", f"delete from credits.{table}"):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), ledger.conn.transaction():
+                ledger.conn.execute(statement.encode())
