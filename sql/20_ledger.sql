@@ -130,7 +130,8 @@ begin
                     where g.account_id = _free.account_id and g.status = 'active' and g.scope is null), 0);
 end $$;
 
--- What the hash covers, in a form that any language can rebuild: money, order and time, and the key that asked for it.
+-- What the hash covers, in a form that any language can rebuild: money, order, time, and what an entry refers to. The two
+-- free texts come last, the first of them with its length, so that no two entries share a text.
 -- Descriptions, subjects, members and metadata stay outside, since personal data must be erasable.
 create or replace function credits._entry_text(entry credits.entries)
 returns text
@@ -145,8 +146,12 @@ as $$
            (_entry_text.entry).amount,
            (_entry_text.entry).debt,
            (_entry_text.entry).balance_after,
+           (_entry_text.entry).available_after,
            (_entry_text.entry).grant_ids,
            (_entry_text.entry).grant_amounts,
+           coalesce((_entry_text.entry).refunds_seq, 0),
+           length(coalesce((_entry_text.entry).reservation_id, '')),
+           coalesce((_entry_text.entry).reservation_id, ''),
            coalesce((_entry_text.entry).key, ''))
 $$;
 

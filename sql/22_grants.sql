@@ -21,8 +21,9 @@ as $$
 declare
   v_amount numeric := credits._check_amount(grant_credits.amount);
   v_print  jsonb   := credits._fingerprint(jsonb_build_object(
-                        'amount', v_amount, 'kind', grant_credits.kind, 'expires_at', grant_credits.expires_at,
-                        'effective_at', grant_credits.effective_at, 'priority', grant_credits.priority,
+                        'amount', v_amount, 'kind', grant_credits.kind,
+                        'expires_at', extract(epoch from grant_credits.expires_at),
+                        'effective_at', extract(epoch from grant_credits.effective_at), 'priority', grant_credits.priority,
                         'description', grant_credits.description, 'scope', grant_credits.scope),
                         grant_credits.metadata);
 begin

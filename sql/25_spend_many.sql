@@ -72,35 +72,40 @@ begin
   end loop;
 end $$;
 
--- Simple: well formed, its key new, its account active and able to pay all of its simple requests.
+-- Simple: all requests of the account are well formed with new keys, and it is active and can pay them all. So an
+-- account's requests are served in their order: together, or one by one.
 create or replace function credits._mark_simple(requests credits.spend_request[])
 returns credits.spend_request[]
 language sql
 stable
 as $$
-  with well_formed as (
-    select r.position, r.account_id, sum(r.amount) over (partition by r.account_id) as total
-      from (select q.*, count(*) over (partition by q.account_id, q.key) as uses
-              from unnest(_mark_simple.requests) q) r
-     where r.uses = 1 and r.capability is null
-       and r.key <> '' and length(r.key) <= 255
-       and credits._is_amount(r.amount) and r.amount > 0
-       and coalesce(jsonb_typeof(r.metadata), 'object') = 'object'
-       and not exists (select from credits.entries e
-                        where e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key)
-  ), payable as (
-    select a.account_id, sum(g.remaining) as free
-      from credits.accounts a
-      join credits.balances b on b.account_id = a.account_id and b.debt = 0
-      join credits.grants g on g.account_id = a.account_id and g.status = 'active' and g.scope is null
-     where a.account_id in (select w.account_id from well_formed w) and a.status = 'active'
-     group by a.account_id
+  with plain as (
+    select r.account_id, r.amount,
+           r.capability is null
+             and r.key <> '' and length(r.key) <= 255
+             and credits._is_amount(r.amount) and r.amount > 0
+             and coalesce(jsonb_typeof(r.metadata), 'object') = 'object'
+             and count(*) over (partition by r.account_id, r.key) = 1
+             and not exists (select from credits.entries e
+                              where e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key) as ok
+      from unnest(_mark_simple.requests) r
+  ), wanted as (
+    select p.account_id, sum(p.amount) as total
+      from plain p
+     group by p.account_id
+    having bool_and(coalesce(p.ok, false))
+  ), payers as (
+    select w.account_id
+      from wanted w
+      join credits.accounts a on a.account_id = w.account_id and a.status = 'active'
+      join credits.balances b on b.account_id = w.account_id and b.debt = 0
+     where w.total <= (select sum(g.remaining) from credits.grants g
+                        where g.account_id = w.account_id and g.status = 'active' and g.scope is null)
   )
   select coalesce(array_agg(row(r.position, r.account_id, r.amount, r.description, r.subject, r.member_id, r.capability,
-           r.key, r.metadata, p.free is not null)::credits.spend_request order by r.position), '{}')
+           r.key, r.metadata, p.account_id is not null)::credits.spend_request order by r.position), '{}')
     from unnest(_mark_simple.requests) r
-    left join well_formed w on w.position = r.position
-    left join payable p on p.account_id = w.account_id and p.free >= w.total
+    left join payers p on p.account_id = r.account_id
 $$;
 
 -- Lays the requests of each account and the credits of its grants along one line of credits: where a request and a grant
