@@ -154,7 +154,7 @@ comment on table credits.entry_kinds is
   'The chart of accounts: the ledger account that each kind of entry debits and the one that it credits.';
 
 -- No foreign keys: every entry would have to lock the rows it points to, and the few rows of entry_kinds would be a
--- bottleneck of the whole database. _post() is the only writer; audit() finds strays.
+-- bottleneck of the whole database. audit() finds strays.
 create table credits.entries (
   entry_seq       bigint      not null,
   created_at      timestamptz not null,
@@ -183,7 +183,7 @@ create table credits.entries (
 create index entries_refunds on credits.entries (account_id, refunds_seq) where refunds_seq is not null;
 
 comment on table credits.entries is
-  'The ledger: append-only, numbered per account from 1 without a gap. Written by credits._post() and by nothing else.';
+  'The ledger: append-only, numbered per account from 1 without a gap. Written by credits._post(), and by credits._spend_together() for many at once.';
 comment on column credits.entries.amount is 'Signed change of the balance.';
 comment on column credits.entries.debt is 'Signed change of the debt.';
 comment on column credits.entries.operation is 'The verb that wrote it. Its key is unique per account and operation.';

@@ -89,6 +89,27 @@ comment on function credits.unfreeze_account(text) is
 'Lets a frozen account spend again. Unfreezing an active account changes nothing.
 Errors: 400 invalid_request, 404 account_not_found, 423 account_closed.';
 
+create or replace function credits.set_debt_limit(
+  account_id text,
+  debt_limit numeric
+)
+returns numeric
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_limit numeric := credits._check_amount(set_debt_limit.debt_limit, zero => true);
+begin
+  perform credits._lock_account(set_debt_limit.account_id);
+  update credits.accounts a set debt_limit = v_limit where a.account_id = set_debt_limit.account_id;
+  return v_limit;
+end $$;
+comment on function credits.set_debt_limit(text, numeric) is
+'Sets how far settle with on_overage => overflow may take an account into debt, in credits. 0 by default. Debt that is
+there already stays.
+Errors: 400 invalid_request, 404 account_not_found, 422 invalid_amount.';
+
 create or replace function credits.get_balance(account_id text)
 returns credits.balance_result
 language plpgsql

@@ -1,4 +1,5 @@
--- The ledger: the chart of accounts, the entries and their chain of hashes. _post() is the only writer of entries.
+-- The ledger: the chart of accounts, the entries and their chain of hashes. Entries are written by _post(),
+-- and for many requests at once by _spend_together() of 25_spend_many.sql.
 -- Keeps: invariants 1 to 3 and 6 (sums, numbers, identity of a lot, one use of a key). Lock order: see 10_accounts.sql.
 
 -- The chart of accounts. Every kind touches the customer's credits or debt on one side, which gives it its sign.
@@ -80,7 +81,7 @@ Errors: 400 invalid_request, 404 account_not_found.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
 
--- The only writer of entries. The caller holds the lock of the account, has moved its grants, and passes its row.
+-- The writer of entries. The caller holds the lock of the account, has moved its grants, and passes its row.
 create or replace function credits._post(
   balance credits.balances,
   entry   credits.entries,

@@ -9,7 +9,7 @@ grant usage on schema credits to credits_service;
 grant usage on schema credits_api to credits_user;
 
 grant execute on function
-  credits.open_account, credits.freeze_account, credits.unfreeze_account,
+  credits.open_account, credits.freeze_account, credits.unfreeze_account, credits.set_debt_limit,
   credits.get_balance, credits.balance_at, credits.history, credits.prove_balance, credits.audit,
   credits.grant_credits, credits.adjust, credits.revoke_grant, credits.transfer_credits,
   credits.spend, credits.spend_many, credits.refund_spend,
