@@ -10,6 +10,8 @@ from ledger_support import DAY, NOON, Ledger, refused
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
+Wrong = dict[tuple[int, str], list[Any]]  # values by the error that they get
+
 LONG = "k" * 10_000
 TOO_SMALL = [
     -1,
@@ -21,19 +23,18 @@ TOO_SMALL = [
     Decimal("1e30"),
 ]
 
-# What is wrong with a value of this sort, and the error that says so.
 INVALID = (400, "invalid_request")
 NO_AMOUNT = (422, "invalid_amount")
-AMOUNT = {NO_AMOUNT: [None, 0, *TOO_SMALL]}
-AMOUNT_OR_ZERO = {NO_AMOUNT: [None, *TOO_SMALL]}
-AMOUNT_OR_NULL = {NO_AMOUNT: [0, *TOO_SMALL]}
-SIGNED_AMOUNT = {NO_AMOUNT: [None, 0, *TOO_SMALL[1:], Decimal("-0.0000001"), Decimal("-1e12")]}
-KEY = {INVALID: [None, "", LONG, "k" * 256]}
-ACCOUNT = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found"): ["nobody", "Ann", "ann "]}
-NEW_ACCOUNT = {INVALID: ACCOUNT[INVALID]}
-RESERVATION = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["unknown", "R"]}
-METADATA = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
-TTL = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
+AMOUNT: Wrong = {NO_AMOUNT: [None, 0, *TOO_SMALL]}
+AMOUNT_OR_ZERO: Wrong = {NO_AMOUNT: [None, *TOO_SMALL]}
+AMOUNT_OR_NULL: Wrong = {NO_AMOUNT: [0, *TOO_SMALL]}
+SIGNED_AMOUNT: Wrong = {NO_AMOUNT: [None, 0, *TOO_SMALL[1:], Decimal("-0.0000001"), Decimal("-1e12")]}
+KEY: Wrong = {INVALID: [None, "", LONG, "k" * 256]}
+ACCOUNT: Wrong = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found"): ["nobody", "Ann", "ann "]}
+NEW_ACCOUNT: Wrong = {INVALID: ACCOUNT[INVALID]}
+RESERVATION: Wrong = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["unknown", "R"]}
+METADATA: Wrong = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
+TTL: Wrong = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
 
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
@@ -60,7 +61,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "replay_stripe_event": {"event_id": "evt_0"},
 }
 
-BAD: dict[tuple[str, str], dict[tuple[int, str], list[Any]]] = {
+BAD: dict[tuple[str, str], Wrong] = {
     **{(verb, "account_id"): ACCOUNT for verb in GOOD if "account_id" in GOOD[verb] and verb != "open_account"},
     **{(verb, "key"): KEY for verb in GOOD if "key" in GOOD[verb]},
     **{(verb, "amount"): AMOUNT for verb in ("grant_credits", "spend", "transfer_credits", "reserve", "capture")},

@@ -76,7 +76,7 @@ def test_one_key_with_many_arguments_is_done_once(ledger: Ledger, database: Data
     assert ledger.available() == 1000 + spent
 
 
-RUSH: dict[str, tuple[Verb, Callable[[Ledger, int], Any], str]] = {  # of 100, each takes 10 under its own key
+RUSH: dict[str, tuple[Verb, Callable[..., Any], str]] = {  # of 100, each takes 10 under its own key
     "spend": (lambda _: None, lambda on, n: on.spend("ann", 10, key=f"k{n}"), "insufficient_credits"),
     "reserve": (lambda _: None, lambda on, n: on.reserve("ann", 10, f"r{n}"), "insufficient_credits"),
     "adjust": (lambda _: None, lambda on, n: on.adjust("ann", -10, key=f"k{n}"), "insufficient_credits"),
@@ -285,7 +285,7 @@ def test_what_fell_due_is_booked_once_however_many_look(ledger: Ledger, database
         together(database, [lambda on: on.use(1), *[Ledger.book] * THREADS])
     totals: Counter[str] = Counter()
     for kind, amount in ledger.kinds():
-        totals[kind] += int(amount)
+        totals[kind] += amount
     assert totals == {"grant": 200, "expire": -100, "spend": -1}
     assert ledger.sums() == (expected.available - 1, 0, expected.balance - 1, 0)
     assert {ledger.get_reservation("ann", f"r{n}").status for n in range(10)} == {"expired"}

@@ -1,5 +1,6 @@
-"""Clawbacks: what is left is taken, what was used becomes debt, and the next credits pay it as an entry of their own."""
+"""Clawbacks: what is left is taken, what was used becomes debt, and the next credits pay it, visibly."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,11 +44,12 @@ def test_what_was_used_becomes_debt_and_stops_spending(ledger: Ledger) -> None:
     result = revoke(ledger, lot)
     assert (result.amount, result.debt, result.balance, result.available) == (-3, 7, 0, -7)
     assert ledger.kinds()[-2:] == [("revoke", -3), ("clawback", 7)]
-    for refuse in (
+    refusals: list[Callable[[], Any]] = [
         lambda: ledger.use(1),
         lambda: ledger.reserve("ann", 1, "r"),
         lambda: ledger.adjust("ann", -1, key="a"),
-    ):
+    ]
+    for refuse in refusals:
         with refused(402, "insufficient_credits", required=1, available=-7):
             refuse()
     assert_sound(ledger)
@@ -136,7 +138,7 @@ def test_scoped_credits_pay_no_debt_and_cannot_be_used_while_there_is_one(ledger
     indebted(ledger, 10)
     ledger.grant(50, scope=["image"])
     assert ledger.sums() == (-10, 0, 50, 10)
-    with refused(402, "insufficient_credits", required=5, available=40):
+    with refused(402, "insufficient_credits", required=5):
         ledger.use(5, capability="image")
     ledger.grant(10)
     ledger.use(5, capability="image")

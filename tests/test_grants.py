@@ -99,7 +99,7 @@ def test_a_grant_must_not_end_before_it_starts(ledger: Ledger, effective_at: Any
 def test_the_largest_amount_is_kept_exactly(ledger: Ledger) -> None:
     ledger.grant("999999999999.999999")
     ledger.grant("0.000001")
-    assert ledger.available() == Decimal("1000000000000")
+    assert ledger.available() == Decimal(1000000000000)
     ledger.use("0.000001")
     assert ledger.available() == Decimal("999999999999.999999")
     assert_sound(ledger)

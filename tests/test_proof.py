@@ -131,50 +131,77 @@ def test_the_trial_balance_sums_to_zero_over_every_account_of_the_chart(ledger: 
 
 LAST = "entry_seq = (select max(entry_seq) from credits.entries where account_id = 'ann')"
 CHAIN, HEAD = "entries_are_numbered_and_chained", "balance_holds_the_head"
+HELD, SUM = "held_is_the_sum_of_open_reservations", "balance_is_the_sum_of_entries"
+LOT, LOTS = "grant_is_what_its_entries_say", "grants_sum_to_the_balance"
+
+
+def entry(change: str) -> str:
+    """Change one entry."""
+    return f"update credits.entries set {change} where account_id = 'ann' and entry_seq = 5"
+
+
+def lots(change: str, where: str = "true") -> str:
+    """Change grants."""
+    return f"update credits.grants set {change} where account_id = 'ann' and {where}"
+
+
+def hold(change: str) -> str:
+    """Change the open reservation."""
+    return f"update credits.reservations set {change} where status = 'open'"
+
+
+FORGED_GRANT = """
+  insert into credits.grants (account_id, kind, status, priority, amount, remaining, effective_at, created_at)
+  values ('ann', 'gift', 'active', 0, 5, 5, now(), now())"""
+KEY_TWICE = """
+  alter table credits.entries drop constraint entries_one_per_key;
+  update credits.entries set key = 'm1' where account_id = 'ann' and key = 'm2'"""
+
 TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the intruder does
-    (CHAIN, "update credits.entries set amount = amount - 1 where account_id = 'ann' and entry_seq = 5"),
-    (CHAIN, "update credits.entries set amount = amount - 1, balance_after = balance_after - 1 where account_id = 'ann' and entry_seq >= 5"),
-    (CHAIN, "update credits.entries set created_at = created_at + interval '1 microsecond' where account_id = 'ann' and entry_seq = 5"),
-    (CHAIN, "update credits.entries set key = 'other' where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, entry("amount = amount - 1")),
+    (CHAIN, entry("amount = amount - 1, balance_after = balance_after - 1").replace("= 5", ">= 5")),
+    (CHAIN, entry("created_at = created_at + interval '1 microsecond'")),
+    (CHAIN, entry("key = 'other'")),
     (CHAIN, "update credits.entries set kind = 'adjust' where account_id = 'ann' and kind = 'spend'"),
-    (CHAIN, "update credits.entries set operation = 'adjust' where account_id = 'ann' and entry_seq = 5"),
-    (CHAIN, "update credits.entries set debt = debt + 1 where account_id = 'ann' and entry_seq = 5"),
-    (CHAIN, "update credits.entries set grant_ids = grant_ids || 1::bigint, grant_amounts = grant_amounts || 0.0 where account_id = 'ann' and entry_seq = 5"),
-    (CHAIN, "update credits.entries set hash = sha256(hash) where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, entry("operation = 'adjust'")),
+    (CHAIN, entry("debt = debt + 1")),
+    (CHAIN, entry("grant_ids = grant_ids || 1::bigint, grant_amounts = grant_amounts || 0.0")),
+    (CHAIN, entry("hash = sha256(hash)")),
     (CHAIN, "delete from credits.entries where account_id = 'ann' and entry_seq = 1"),
     (CHAIN, "delete from credits.entries where account_id = 'ann' and entry_seq = 5"),
-    (CHAIN, "update credits.entries set entry_seq = entry_seq + 1000 where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, entry("entry_seq = entry_seq + 1000")),
     (HEAD, f"delete from credits.entries where account_id = 'ann' and {LAST}"),
     (HEAD, "delete from credits.entries where account_id = 'ann'"),
     (HEAD, "update credits.balances set hash = sha256(hash) where account_id = 'ann'"),
     (HEAD, "update credits.balances set entry_seq = entry_seq + 1 where account_id = 'ann'"),
-    ("balance_is_the_sum_of_entries", "update credits.balances set balance = balance + 1 where account_id = 'ann'"),
-    ("balance_is_the_sum_of_entries", "update credits.balances set debt = debt + 1 where account_id = 'ann'"),
-    ("held_is_the_sum_of_open_reservations", "update credits.balances set held = held + 1 where account_id = 'ann'"),
-    ("held_is_the_sum_of_open_reservations", "update credits.reservations set amount = amount + 1 where status = 'open'"),
-    ("held_is_the_sum_of_open_reservations", "update credits.reservations set status = 'released', closed_at = now() where status = 'open'"),
-    ("held_is_the_sum_of_open_reservations", "delete from credits.reservations where status = 'open'"),
-    ("grants_sum_to_the_balance", "update credits.grants set remaining = remaining + 1, amount = amount + 1 where account_id = 'ann'"),
-    ("grants_sum_to_the_balance", "delete from credits.grants where account_id = 'ann' and remaining > 0"),
-    ("grants_sum_to_the_balance", "update credits.grants set status = 'pending' where account_id = 'ann' and remaining > 0"),
-    ("grants_sum_to_the_balance", "insert into credits.grants (account_id, kind, status, priority, amount, remaining, effective_at, created_at) values ('ann', 'gift', 'active', 0, 5, 5, now(), now())"),
-    ("grant_is_what_its_entries_say", "update credits.grants set amount = amount + 1, consumed = consumed + 1 where account_id = 'ann'"),
-    ("grant_is_what_its_entries_say", "update credits.grants set consumed = consumed - 1, expired = expired + 1 where account_id = 'ann' and consumed > 1"),
-    ("grant_is_what_its_entries_say", "update credits.grants set owed = owed + 1 where account_id = 'ann' and revoked + owed < amount"),
-    ("grant_is_what_its_entries_say", "update credits.grants set remaining = remaining - 1, held = held + 1 where account_id = 'ann' and remaining > 1"),
-    ("grant_is_what_its_entries_say", "update credits.reservations set grant_amounts = array[grant_amounts[1] + 1] where status = 'open'"),
+    (SUM, "update credits.balances set balance = balance + 1 where account_id = 'ann'"),
+    (SUM, "update credits.balances set debt = debt + 1 where account_id = 'ann'"),
+    (HELD, "update credits.balances set held = held + 1 where account_id = 'ann'"),
+    (HELD, hold("amount = amount + 1")),
+    (HELD, hold("status = 'released', closed_at = now()")),
+    (HELD, "delete from credits.reservations where status = 'open'"),
+    (LOTS, lots("remaining = remaining + 1, amount = amount + 1")),
+    (LOTS, "delete from credits.grants where account_id = 'ann' and remaining > 0"),
+    (LOTS, lots("status = 'pending'", "remaining > 0")),
+    (LOTS, FORGED_GRANT),
+    (LOT, lots("amount = amount + 1, consumed = consumed + 1")),
+    (LOT, lots("consumed = consumed - 1, expired = expired + 1", "consumed > 1")),
+    (LOT, lots("owed = owed + 1", "revoked + owed < amount")),
+    (LOT, lots("remaining = remaining - 1, held = held + 1", "remaining > 1")),
+    (LOT, hold("grant_amounts = array[grant_amounts[1] + 1]")),
 ]  # fmt: skip
 
+STRAY = "entries_and_reservations_have_an_account"
 BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it looks beyond one account
-    ("trial_balance_is_zero", "update credits.entries set amount = 'NaN' where account_id = 'ann' and entry_seq = 5"),
-    ("entries_are_well_formed", "update credits.entries set kind = 'theft' where account_id = 'ann' and entry_seq = 5"),
+    ("trial_balance_is_zero", entry("amount = 'NaN'")),
+    ("entries_are_well_formed", entry("kind = 'theft'")),
     ("entries_are_well_formed", "update credits.entries set fingerprint = null where key is not null"),
-    ("grants_are_well_formed", "update credits.grants set expires_at = effective_at where account_id = 'ann'"),
-    ("reservations_are_well_formed", "update credits.reservations set closed_at = now() where status = 'open'"),
-    ("entries_and_reservations_have_an_account", "update credits.entries set account_id = 'ghost' where account_id = 'ann'"),
-    ("entries_and_reservations_have_an_account", "update credits.reservations set account_id = 'ghost' where account_id = 'ann'"),
+    ("grants_are_well_formed", lots("expires_at = effective_at")),
+    ("reservations_are_well_formed", hold("closed_at = now()")),
+    (STRAY, "update credits.entries set account_id = 'ghost' where account_id = 'ann'"),
+    (STRAY, "update credits.reservations set account_id = 'ghost' where account_id = 'ann'"),
     ("accounts_have_a_balance", "delete from credits.balances where account_id = 'ann'"),
-    ("keys_are_used_once", "alter table credits.entries drop constraint entries_one_per_key; update credits.entries set key = 'm1' where account_id = 'ann' and key = 'm2'"),
+    ("keys_are_used_once", KEY_TWICE),
     ("completed_purchases_have_their_grant", "update credits.purchases set credits = credits + 1"),
     ("completed_purchases_have_their_grant", "delete from credits.stripe_facts"),
     ("facts_have_their_purchase", "delete from credits.purchases"),
@@ -213,7 +240,7 @@ def test_tampering_beyond_one_account_is_found_by_the_audit(intruder: Ledger, fi
         "update credits.entries set refunds_seq = 2 where account_id = 'ann' and kind = 'refund'",
         "update credits.entries set refunds_seq = null where account_id = 'ann' and kind = 'refund'",
         "update credits.entries set reservation_id = 'other' where account_id = 'ann' and kind = 'settle'",
-        "update credits.entries set available_after = available_after + 1 where account_id = 'ann' and entry_seq = 5",
+        entry("available_after = available_after + 1"),
     ],
 )
 def test_tampering_with_what_an_entry_refers_to_is_found(intruder: Ledger, statement: str) -> None:
@@ -223,7 +250,8 @@ def test_tampering_with_what_an_entry_refers_to_is_found(intruder: Ledger, state
 
 def test_every_finding_that_the_audit_can_name_is_provoked_here(ledger: Ledger) -> None:
     rows = ledger.query(
-        r"select p.prosrc as body from pg_proc p where p.pronamespace = 'credits'::regnamespace and p.proname ~ '^_?audit'"
+        r"select p.prosrc as body from pg_proc p where p.pronamespace = 'credits'::regnamespace "
+        r"and p.proname ~ '^_?audit'"
     )
     named = {name for row in rows for name in re.findall(r"select '(\w+)',", row.body)}
     assert named == {finding for finding, _ in TAMPERINGS + BOOK_TAMPERINGS}

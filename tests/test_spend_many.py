@@ -77,14 +77,14 @@ def test_a_key_twice_in_one_batch_is_spent_once(ledger: Ledger) -> None:
 
 
 def test_requests_with_a_capability_use_scoped_credits(ledger: Ledger) -> None:
-    ledger.grant(30, scope=["image"])
+    ledger.grant(30, kind="plan", scope=["image"])
     rows = ledger.spend_many([ask("ann", 120, "k1", capability="image"), ask("bob", 15, "k2", capability="image")])
     assert [row.status for row in rows] == [200, 200]
     assert (ledger.available("ann"), ledger.available("bob")) == (10, 35)
 
 
 def test_requests_of_one_account_are_served_in_their_order(ledger: Ledger) -> None:
-    ledger.grant(30, scope=["image"])
+    ledger.grant(30, kind="plan", scope=["image"])
     rows = ledger.spend_many([ask("ann", 120, "k1", capability="image"), ask("ann", 15, "k2")])
     assert [(row.status, row.code) for row in rows] == [(200, None), (402, "insufficient_credits")]
     assert ledger.available() == 10

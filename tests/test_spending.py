@@ -164,7 +164,8 @@ def test_a_refund_replays_and_refuses_other_arguments(ledger: Ledger) -> None:
     ledger.use(20)
     with ledger.unchanged():
         assert same(first, ledger.refund_spend("ann", "s", key="f"))
-        for change in ({"amount": 50}, {"reason": "x"}, {"spend_key": "s2"}):
+        changes: list[dict[str, Any]] = [{"amount": 50}, {"reason": "x"}, {"spend_key": "s2"}]
+        for change in changes:
             with refused(409, "idempotency_conflict", operation="refund_spend", key="f"):
                 ledger.refund_spend("ann", **{"spend_key": "s", "key": "f", **change})
 

@@ -20,10 +20,10 @@ Change = dict[str, Any]
 def session(session_id: str = "cs_1", **changes: Any) -> Change:
     """A Checkout session as Stripe describes it: the starter package, bought by ann, paid."""
     return {
-        "id": session_id, "object": "checkout.session", "mode": "payment", "status": "complete", "payment_status": "paid",
-        "amount_subtotal": 1000, "amount_total": 1000, "currency": "usd", "livemode": False, "customer": "cus_ann",
-        "payment_intent": "pi_1", "client_reference_id": None, "metadata": {"account_id": "ann", "package": "starter"},
-        **changes,
+        "id": session_id, "object": "checkout.session", "mode": "payment", "status": "complete",
+        "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000, "currency": "usd",
+        "livemode": False, "customer": "cus_ann", "payment_intent": "pi_1", "client_reference_id": None,
+        "metadata": {"account_id": "ann", "package": "starter"}, **changes,
     }  # fmt: skip
 
 
@@ -305,7 +305,8 @@ def broken(ledger: Ledger) -> None:
     ledger.change(
         "create or replace function credits._on_checkout_session(event credits.stripe_events) "
         "returns credits.handler_result language plpgsql as $$ begin "
-        "perform credits._grant('ann', 5, 'bonus', key => 'half', fingerprint => '{}'); perform 1 / 0; return null; end $$"
+        "perform credits._grant('ann', 5, 'bonus', key => 'half', fingerprint => '{}'); "
+        "perform 1 / 0; return null; end $$"
     )
 
 

@@ -71,7 +71,13 @@ def test_a_transfer_replays_and_refuses_other_arguments(ledger: Ledger) -> None:
     ledger.use(70)
     with ledger.unchanged():
         assert same(first, ledger.transfer_credits("ann", "bob", "30.0", key="t"))
-        for change in ({"amount": 31}, {"to_account_id": "cy"}, {"description": "x"}, {"metadata": {"n": 1}}):
+        changes: list[dict[str, Any]] = [
+            {"amount": 31},
+            {"to_account_id": "cy"},
+            {"description": "x"},
+            {"metadata": {"n": 1}},
+        ]
+        for change in changes:
             with refused(409, "idempotency_conflict", operation="transfer", key="t"):
                 ledger.transfer_credits("ann", **{"to_account_id": "bob", "amount": 30, "key": "t", **change})
 
