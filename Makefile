@@ -25,6 +25,6 @@ clean:  ## everything that can be made again; the embedded database in .pgcredit
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pgcredits needs Python 3.11 or newer")'
 	@echo "Making .venv (once; this downloads about 60 MB)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[test]'
 	@mkdir -p .venv/typing && ln -sfn ../../glue .venv/typing/pgcredits
 	@touch $@

@@ -67,7 +67,7 @@ def test_every_granted_function_is_described(owner: Connection[Any]) -> None:
     ).fetchall()
     assert len(granted) > 20
     for name, comment, config in granted:
-        assert re.match(r"[A-Z].+\.(\n\n|$)", comment), f"{name}: begin with one summary line"
+        assert re.match(r"[A-Z].+\.(\n|$)", comment), f"{name}: the first line is a summary"
         assert config == ["search_path=pg_catalog, pg_temp"], name
 
 
