@@ -80,7 +80,8 @@ immutable
 as $$
 begin
   if (_check_taken.slices).taken < _check_taken.required or (_check_taken.balance).debt > 0 then
-    perform credits._fail_short(_check_taken.required, (_check_taken.slices).taken - (_check_taken.balance).debt);
+    perform credits._fail_short(_check_taken.required,
+      case (_check_taken.balance).debt when 0 then (_check_taken.slices).taken else -(_check_taken.balance).debt end);
   end if;
 end $$;
 
