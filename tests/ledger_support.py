@@ -110,6 +110,9 @@ class Ledger(Client):
         """Make the ledger book what has fallen due, as every verb does first, and nothing else."""
         self.unfreeze_account(account_id)
 
+    def set_debt_limit(self, account_id: str | None, debt_limit: Any) -> Any:
+        return self.row("set_debt_limit", account_id=account_id, debt_limit=debt_limit)[0]
+
     def get_reservation(self, account_id: str | None, reservation_id: str | None) -> Any:
         return self.row("get_reservation", account_id=account_id, reservation_id=reservation_id)
 

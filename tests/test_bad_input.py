@@ -56,6 +56,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "release": {"account_id": "ann", "reservation_id": "r"},
     "extend": {"account_id": "ann", "reservation_id": "r"},
     "get_reservation": {"account_id": "ann", "reservation_id": "r"},
+    "set_debt_limit": {"account_id": "ann", "debt_limit": 5},
     "spend_many": {"requests": Jsonb([{"account_id": "ann", "amount": 5, "key": "k"}])},
     "receive_stripe_event": {"endpoint": "default", "payload": '{"id": "evt_1", "type": "unheard.of"}'},
     "replay_stripe_event": {"event_id": "evt_0"},
@@ -73,6 +74,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     },
     ("adjust", "amount"): SIGNED_AMOUNT,
     ("settle", "amount"): AMOUNT_OR_ZERO,
+    ("set_debt_limit", "debt_limit"): AMOUNT_OR_ZERO,
     ("settle", "on_overage"): {INVALID: ["", "CAP", "debt"]},
     ("reserve", "reservation_id"): {INVALID: KEY[INVALID]},
     ("reserve", "min_amount"): AMOUNT_OR_NULL,
@@ -104,6 +106,7 @@ NOT_A_TIME = "22007"
 MISTYPED: dict[tuple[str, str], str] = {
     **{(verb, "amount"): NOT_A_NUMBER for verb in GOOD if "amount" in GOOD[verb]},
     ("reserve", "min_amount"): NOT_A_NUMBER,
+    ("set_debt_limit", "debt_limit"): NOT_A_NUMBER,
     ("revoke_grant", "grant_id"): NOT_A_NUMBER,
     ("history", "before_seq"): NOT_A_NUMBER,
     ("history", "max_rows"): NOT_A_NUMBER,

@@ -195,8 +195,7 @@ def test_any_verbs_at_once_neither_deadlock_nor_break_an_invariant(
 ) -> None:
     for account_id in accounts:
         ledger.open(account_id, 100, kind="plan", key=f"first-{account_id}")
-    with database.connect("credits_owner", autocommit=True) as owner:
-        owner.execute("update credits.accounts set debt_limit = 50")
+        ledger.set_debt_limit(account_id, 50)
 
     def work(on: Ledger, seed: int) -> Counter[str]:
         random = Random(seed)

@@ -311,9 +311,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.books = {name: Book(Decimal(20 * number)) for number, name in enumerate(ACCOUNTS)}
         for name, book in self.books.items():
             self.ledger.open_account(name)
-            self.ledger.change(
-                "update credits.accounts set debt_limit = %s where account_id = %s", book.debt_limit, name
-            )
+            self.ledger.set_debt_limit(name, book.debt_limit)
 
     def teardown(self) -> None:
         try:

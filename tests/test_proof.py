@@ -36,7 +36,7 @@ def busy(ledger: Ledger) -> None:
     ledger.use(40, "bob")
     ledger.revoke_grant("bob", lot.grant_id, amount=35, key="v")
     ledger.open("cy", 10)
-    ledger.change("update credits.accounts set debt_limit = 50")
+    ledger.set_debt_limit("cy", 50)
     ledger.reserve("cy", 10, "over")
     ledger.settle("cy", "over", 25, on_overage="overflow")
     ledger.grant(30, "cy")
@@ -70,11 +70,15 @@ def intruder(shared: Database) -> Iterator[Ledger]:
 def text_of(entry: Any) -> str:
     """What the hash of an entry covers, as the manual says."""
     micros = (entry.created_at - EPOCH) // timedelta(microseconds=1)
-    numbers = [format(number, "f") for number in (entry.amount, entry.debt, entry.balance_after)]
+    numbers = [entry.amount, entry.debt, entry.balance_after, entry.available_after]
     ids = "{" + ",".join(map(str, entry.grant_ids)) + "}"
     parts = "{" + ",".join(format(amount, "f") for amount in entry.grant_amounts) + "}"
     moment = f"{micros // 10**6}.{micros % 10**6:06}"
-    return "|".join([str(entry.entry_seq), moment, entry.operation, entry.kind, *numbers, ids, parts, entry.key or ""])
+    reservation_id = entry.reservation_id or ""
+    return "|".join([
+        str(entry.entry_seq), moment, entry.operation, entry.kind, *[format(number, "f") for number in numbers], ids,
+        parts, str(entry.refunds_seq or 0), str(len(reservation_id)), reservation_id, entry.key or "",
+    ])  # fmt: skip
 
 
 def test_the_chain_can_be_recomputed_by_anybody(ledger: Ledger) -> None:

@@ -17,11 +17,6 @@ def ledger(conn: Connection[Any]) -> Ledger:
     return ledger
 
 
-def allow_debt(ledger: Ledger, limit: int) -> None:
-    """What only the owner sets."""
-    ledger.change("update credits.accounts set debt_limit = %s where account_id = 'ann'", limit)
-
-
 def run_out(ledger: Ledger) -> None:
     """Go to the deadline of a reservation with the default time."""
     ledger.now += 15 * MINUTE
@@ -158,7 +153,7 @@ def test_settling_within_the_hold_returns_the_rest(ledger: Ledger, actual: Any, 
 def test_above_the_hold_the_policy_decides(
     ledger: Ledger, policy: str, limit: int, actual: int, charged: int, sums: tuple[int, ...], hours: int
 ) -> None:
-    allow_debt(ledger, limit)
+    ledger.set_debt_limit("ann", limit)
     ledger.reserve("ann", 30, "r")
     ledger.now += hours * HOUR
     result = ledger.settle("ann", "r", actual, on_overage=policy)
@@ -199,7 +194,7 @@ def test_with_debt_an_overage_takes_only_the_hold(ledger: Ledger) -> None:
 
 
 def test_overflow_counts_the_debt_that_is_there(ledger: Ledger) -> None:
-    allow_debt(ledger, 50)
+    ledger.set_debt_limit("ann", 50)
     for name, amount in (("a", 90), ("b", 5), ("c", 5)):
         ledger.reserve("ann", amount, name)
     for name, actual, charged in (("a", 130, 130), ("b", 20, 15), ("c", 20, 5)):
@@ -208,8 +203,18 @@ def test_overflow_counts_the_debt_that_is_there(ledger: Ledger) -> None:
     assert_sound(ledger)
 
 
+def test_a_lower_debt_limit_leaves_the_debt_and_allows_no_more(ledger: Ledger) -> None:
+    assert ledger.set_debt_limit("ann", "50.0") == 50
+    for name in ("a", "b"):
+        ledger.reserve("ann", 50, name)
+    ledger.settle("ann", "a", 80, on_overage="overflow")
+    ledger.set_debt_limit("ann", 10)
+    assert ledger.settle("ann", "b", 80, on_overage="overflow").charged == 50
+    assert ledger.sums() == (-30, 0, 0, 30)
+
+
 def test_an_overdraft_is_an_entry_of_its_own(ledger: Ledger) -> None:
-    allow_debt(ledger, 50)
+    ledger.set_debt_limit("ann", 50)
     ledger.reserve("ann", 100, "r")
     ledger.settle("ann", "r", 120, on_overage="overflow")
     assert ledger.kinds()[-2:] == [("settle", -100), ("overdraft", 20)]

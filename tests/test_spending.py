@@ -148,7 +148,7 @@ def test_captures_and_settles_can_be_refunded(ledger: Ledger) -> None:
 
 
 def test_what_was_charged_into_debt_is_not_refunded(ledger: Ledger) -> None:
-    ledger.change("update credits.accounts set debt_limit = 50")
+    ledger.set_debt_limit("ann", 50)
     ledger.reserve("ann", 100, "r")
     ledger.settle("ann", "r", 130, on_overage="overflow")
     with refused(422, "invalid_amount", refundable=100):
