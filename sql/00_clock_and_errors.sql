@@ -42,6 +42,8 @@ as $$
   select s.value from credits.settings s where s.name = _setting.name
 $$;
 
+-- Checks return what they have checked: an assignment is evaluated in place, while PERFORM runs a query.
+
 -- Amounts are numeric with at most 6 decimals; the upper bound also stops NaN and Infinity.
 create or replace function credits._is_amount(amount numeric)
 returns boolean
@@ -74,7 +76,7 @@ create or replace function credits._check_key(
   name     text,
   max_size integer default 255
 )
-returns void
+returns text
 language plpgsql
 immutable
 as $$
@@ -85,10 +87,11 @@ begin
       format('%s is required: a text of 1 to %s characters, chosen by the caller, the same on every retry.',
              _check_key.name, _check_key.max_size));
   end if;
+  return _check_key.key;
 end $$;
 
 create or replace function credits._check_metadata(metadata jsonb)
-returns void
+returns jsonb
 language plpgsql
 immutable
 as $$
@@ -97,6 +100,7 @@ begin
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'metadata'),
       'metadata is a JSON object.');
   end if;
+  return _check_metadata.metadata;
 end $$;
 
 -- The arguments of a call, for comparison with those of the first call of its key. Null is the same as not given, but

@@ -31,8 +31,7 @@ begin
       v_open := v_open - v_use;
       v_slices.grant_ids := v_slices.grant_ids || v_lot.grant_id;
       v_slices.amounts   := v_slices.amounts || v_use;
-      v_lot.remaining    := v_lot.remaining - v_use;
-      perform credits._consume(_take.account_id, v_lot.grant_id, v_use, _take.part);
+      v_lot.remaining    := v_lot.remaining - credits._consume(_take.account_id, v_lot.grant_id, v_use, _take.part);
     end if;
     if v_lot.scope is null then
       v_free := v_free + v_lot.remaining;
@@ -50,7 +49,7 @@ create or replace function credits._consume(
   amount     numeric,
   part       text
 )
-returns void
+returns numeric
 language plpgsql
 as $$
 begin
@@ -66,23 +65,7 @@ begin
            status    = case when g.remaining = _consume.amount and g.held = 0 then 'exhausted' else g.status end
      where g.account_id = _consume.account_id and g.grant_id = _consume.grant_id;
   end if;
-end $$;
-
--- What could not be taken is refused, with what is missing. While there is debt nothing can be taken.
-create or replace function credits._check_taken(
-  balance  credits.balances,
-  slices   credits.slices,
-  required numeric
-)
-returns void
-language plpgsql
-immutable
-as $$
-begin
-  if (_check_taken.slices).taken < _check_taken.required or (_check_taken.balance).debt > 0 then
-    perform credits._fail_short(_check_taken.required,
-      case (_check_taken.balance).debt when 0 then (_check_taken.slices).taken else -(_check_taken.balance).debt end);
-  end if;
+  return _consume.amount;
 end $$;
 
 -- Debt is paid by what would be lost first. The order is independent of the moment, so late booking changes nothing.
@@ -119,16 +102,19 @@ as $$
   select row(array[_slice.grant_id], array[_slice.amount], _slice.amount, null, null)::credits.slices
 $$;
 
+-- What could not be taken is refused, with what is missing. While there is debt nothing can be taken.
 create or replace function credits._fail_short(
-  required  numeric,
-  available numeric
+  required numeric,
+  taken    numeric,
+  debt     numeric default 0
 )
 returns void
 language sql
 immutable
 as $$
   select credits._fail(402, 'insufficient_credits',
-    jsonb_build_object('required', trim_scale(required), 'available', trim_scale(available)),
+    jsonb_build_object('required', trim_scale(_fail_short.required), 'available',
+      trim_scale(case _fail_short.debt when 0 then _fail_short.taken else -_fail_short.debt end)),
     'Top up, or use less.')
 $$;
 

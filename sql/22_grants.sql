@@ -123,7 +123,9 @@ begin
     v_slices := credits._slice(v_grant.grant_id, v_amount);
   else
     v_slices := credits._take(adjust.account_id, -v_amount);
-    perform credits._check_taken(v_balance, v_slices, -v_amount);
+    if v_slices.taken < -v_amount or v_balance.debt > 0 then
+      perform credits._fail_short(-v_amount, v_slices.taken, v_balance.debt);
+    end if;
   end if;
   v_entry.account_id  := adjust.account_id;
   v_entry.kind        := 'adjust';

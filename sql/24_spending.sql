@@ -19,14 +19,14 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_amount  numeric := credits._check_amount(spend.amount);
+  v_key     text    := credits._check_key(spend.key, 'key');
+  v_meta    jsonb   := credits._check_metadata(spend.metadata);
   v_print   jsonb   := credits._spend_print(v_amount, spend.description, spend.subject, spend.member_id,
                                             spend.capability, spend.metadata);
   v_balance credits.balances;
   v_entry   credits.entries;
   v_slices  credits.slices;
 begin
-  perform credits._check_key(spend.key, 'key');
-  perform credits._check_metadata(spend.metadata);
   v_balance := credits._lock_account(spend.account_id);
   v_entry   := credits._first_entry(spend.account_id, 'spend', spend.key, v_print, uses => true);
   if v_entry.entry_seq is not null then
@@ -34,18 +34,20 @@ begin
   end if;
 
   v_slices := credits._take(spend.account_id, v_amount, spend.capability);
-  perform credits._check_taken(v_balance, v_slices, v_amount);
+  if v_slices.taken < v_amount or v_balance.debt > 0 then
+    perform credits._fail_short(v_amount, v_slices.taken, v_balance.debt);
+  end if;
   v_entry.account_id  := spend.account_id;
   v_entry.kind        := 'spend';
   v_entry.operation   := 'spend';
-  v_entry.key         := spend.key;
+  v_entry.key         := v_key;
   v_entry.fingerprint := v_print;
   v_entry.amount      := -v_amount;
   v_entry.subject     := spend.subject;
   v_entry.member_id   := spend.member_id;
   v_entry.capability  := spend.capability;
   v_entry.description := spend.description;
-  v_entry.metadata    := spend.metadata;
+  v_entry.metadata    := v_meta;
   v_entry := credits._post(v_balance, v_entry, v_slices);
   return credits._entry_result(v_entry, false);
 end $$;
@@ -170,7 +172,9 @@ begin
 
   perform credits._check_open(transfer_credits.to_account_id);
   v_slices := credits._take(transfer_credits.from_account_id, v_amount);
-  perform credits._check_taken(v_from, v_slices, v_amount);
+  if v_slices.taken < v_amount or v_from.debt > 0 then
+    perform credits._fail_short(v_amount, v_slices.taken, v_from.debt);
+  end if;
   v_entry.account_id  := transfer_credits.from_account_id;
   v_entry.kind        := 'transfer_out';
   v_entry.operation   := 'transfer';

@@ -21,15 +21,16 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_amount  numeric  := credits._check_amount(reserve.amount);
+  v_least   numeric  := least(v_amount, credits._check_min_amount(reserve.min_amount));
   v_ttl     interval := credits._check_ttl(coalesce(reserve.ttl, '15 minutes'));
+  v_id      text     := credits._check_key(reserve.reservation_id, 'reservation_id');
+  v_meta    jsonb    := credits._check_metadata(reserve.metadata);
   v_balance credits.balances;
   v_slices  credits.slices;
   v_first   credits.reservations;
   v_found   record;
   v_now     timestamptz;
 begin
-  perform credits._check_key(reserve.reservation_id, 'reservation_id');
-  perform credits._check_metadata(reserve.metadata);
   v_balance := credits._lock_account(reserve.account_id);
   select a.status, r as reservation into v_found
     from credits.accounts a
@@ -51,15 +52,17 @@ begin
     perform credits._fail_status(reserve.account_id, v_found.status);
   end if;
   v_slices := credits._take(reserve.account_id, v_amount, reserve.capability, 'held');
-  perform credits._check_taken(v_balance, v_slices, least(v_amount, credits._check_min_amount(reserve.min_amount)));
+  if v_slices.taken < v_least or v_balance.debt > 0 then
+    perform credits._fail_short(v_least, v_slices.taken, v_balance.debt);
+  end if;
 
   v_now := credits.now();
   insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, min_amount,
     created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
-  values (reserve.account_id, reserve.reservation_id, v_amount, trim_scale(v_slices.taken),
+  values (reserve.account_id, v_id, v_amount, trim_scale(v_slices.taken),
     trim_scale(v_slices.left_free - v_balance.debt), v_ttl, reserve.min_amount, v_now, v_now + v_ttl,
     v_slices.grant_ids, v_slices.amounts, reserve.description, reserve.subject, reserve.member_id, reserve.capability,
-    coalesce(reserve.metadata, '{}'))
+    coalesce(v_meta, '{}'))
   returning r.* into v_first;
 
   update credits.balances b
@@ -144,10 +147,10 @@ declare
   v_policy  text    := credits._check_overage(settle.on_overage);
   v_print   jsonb   := jsonb_build_object('settle', credits._fingerprint(
                          jsonb_build_object('amount', v_amount, 'on_overage', v_policy), settle.metadata));
+  v_meta    jsonb   := credits._check_metadata(settle.metadata);
   v_balance credits.balances;
   v_hold    credits.reservations;
 begin
-  perform credits._check_metadata(settle.metadata);
   v_balance := credits._lock_account(settle.account_id);
   v_hold    := credits._reservation(settle.account_id, settle.reservation_id);
   if v_hold.status = 'settled' then
@@ -156,7 +159,7 @@ begin
   elsif v_hold.status = 'released' then
     perform credits._fail_closed(v_hold);
   end if;
-  v_hold := credits._settle(v_balance, v_hold, v_amount, v_policy, v_print, settle.metadata);
+  v_hold := credits._settle(v_balance, v_hold, v_amount, v_policy, v_print, v_meta);
   return credits._settle_result(v_hold, false);
 end $$;
 comment on function credits.settle(text, text, numeric, text, jsonb) is
