@@ -1,4 +1,7 @@
-"""Prints docs/reference.md from the comments in a migrated database: python docs/reference.py DSN > docs/reference.md"""
+"""Make docs/reference.md from the comments in a migrated database.
+
+python docs/reference.py DSN > docs/reference.md
+"""
 
 import sys
 from typing import Any
