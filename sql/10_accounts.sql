@@ -106,8 +106,9 @@ begin
   return v_limit;
 end $$;
 comment on function credits.set_debt_limit(text, numeric) is
-'Sets how far settle with on_overage => overflow may take an account into debt, in credits. 0 by default. Debt that is
-there already stays.
+'Sets how far settle with on_overage => overflow may take an account into debt, in credits.
+
+0 by default. Debt that is there already stays.
 Errors: 400 invalid_request, 404 account_not_found, 422 invalid_amount.';
 
 create or replace function credits.get_balance(account_id text)

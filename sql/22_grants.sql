@@ -160,8 +160,7 @@ create or replace function credits._check_grant(
   kind         text,
   effective_at timestamptz,
   expires_at   timestamptz,
-  scope        text[],
-  priority     integer
+  scope        text[]
 )
 returns void
 language plpgsql
@@ -213,8 +212,7 @@ begin
   end if;
 
   perform credits._check_metadata(_grant.metadata);
-  perform credits._check_grant(_grant.kind, coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.scope,
-                               _grant.priority);
+  perform credits._check_grant(_grant.kind, coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.scope);
   if _grant.expires_at <= v_now then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'expires_at'),
       'A grant cannot have ended before it is made.');

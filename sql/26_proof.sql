@@ -67,8 +67,9 @@ begin
   return query select f.* from credits._audit_purchases() f;
 end $$;
 comment on function credits.audit() is
-'Checks every invariant over the whole database. No rows means sound; each row names an invariant, the account and what
-differs. Reads everything: meant for a job at night, or after a restore.';
+'Checks every invariant over the whole database; no rows means sound.
+
+Each row names an invariant, the account and what differs. Reads everything: meant for a job at night, or after a restore.';
 
 -- Of one account, or of all.
 create or replace function credits._audit_ledger(account_id text)

@@ -353,8 +353,8 @@ begin
   v_result.uncollected    := v_hold.uncollected;
   v_result.late           := v_hold.late;
   v_result.entry_seq      := v_hold.settle_seq;
-  v_result.balance        := v_hold.closing ->> 'balance';
-  v_result.available      := v_hold.closing ->> 'available';
+  v_result.balance        := (v_hold.closing ->> 'balance')::numeric;
+  v_result.available      := (v_hold.closing ->> 'available')::numeric;
   v_result.replayed       := _settle_result.replayed;
   if v_hold.status = 'open' and v_hold.expires_at <= credits.now() then
     v_result.status := 'expired';

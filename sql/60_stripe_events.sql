@@ -89,7 +89,7 @@ immutable
 as $$
 begin
   if json_typeof(_read_payload.payload::json) is distinct from 'object' then
-    perform credits._fail_payload();
+    return credits._fail_payload();
   end if;
   begin
     return _read_payload.payload::jsonb;
@@ -100,19 +100,20 @@ begin
   end;
 exception
   when invalid_text_representation or statement_too_complex then
-    perform credits._fail_payload();
+    return credits._fail_payload();
   when data_exception then
-    return '{}';
+    return '{}'::jsonb;
 end $$;
 
 create or replace function credits._fail_payload()
-returns void
-language sql
-immutable
+returns jsonb
+language plpgsql
 as $$
-  select credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'payload'),
-    'The payload is a JSON object, as Stripe sent it.')
-$$;
+begin
+  perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'payload'),
+    'The payload is a JSON object, as Stripe sent it.');
+  return null;
+end $$;
 
 -- A handler that fails is undone and leaves its error; one that lacks something is undone and leaves the reason.
 create or replace function credits._apply_stripe_event(

@@ -78,35 +78,35 @@ class Ledger(Client):
         self._keys += 1
         return f"key-{self._keys}"
 
-    def open(self, account_id: str = "ann", *amounts: Any, **grant: Any) -> str:
+    def open(self, account_id: str = "alpha", *amounts: Any, **grant: Any) -> str:
         """Open an account with a grant of each amount."""
         self.open_account(account_id)
         for amount in amounts:
             self.grant(amount, account_id, **grant)
         return account_id
 
-    def grant(self, amount: Any, account_id: str = "ann", **more: Any) -> Any:
+    def grant(self, amount: Any, account_id: str = "alpha", **more: Any) -> Any:
         """A grant under a key of its own."""
         return self.grant_credits(account_id, amount, **{"key": self.key(), **more})
 
-    def use(self, amount: Any, account_id: str = "ann", **more: Any) -> Any:
+    def use(self, amount: Any, account_id: str = "alpha", **more: Any) -> Any:
         """A spend under a key of its own."""
         return self.spend(account_id, amount, **{"key": self.key(), **more})
 
-    def kinds(self, account_id: str = "ann") -> list[tuple[str, Any]]:
+    def kinds(self, account_id: str = "alpha") -> list[tuple[str, Any]]:
         """Kind and amount of each entry, the oldest first; what is only debt shows its debt."""
         return [(row.kind, row.amount or row.debt) for row in reversed(self.history(account_id, max_rows=1000))]
 
-    def available(self, account_id: str = "ann") -> Any:
+    def available(self, account_id: str = "alpha") -> Any:
         """What can be spent now."""
         return self.get_balance(account_id).available
 
-    def sums(self, account_id: str = "ann") -> tuple[Any, ...]:
+    def sums(self, account_id: str = "alpha") -> tuple[Any, ...]:
         """Available, held, balance, debt."""
         row = self.get_balance(account_id)
         return row.available, row.held, row.balance, row.debt
 
-    def book(self, account_id: str = "ann") -> None:
+    def book(self, account_id: str = "alpha") -> None:
         """Make the ledger book what has fallen due, as every verb does first, and nothing else."""
         self.unfreeze_account(account_id)
 

@@ -30,7 +30,7 @@ AMOUNT_OR_ZERO: Wrong = {NO_AMOUNT: [None, *TOO_SMALL]}
 AMOUNT_OR_NULL: Wrong = {NO_AMOUNT: [0, *TOO_SMALL]}
 SIGNED_AMOUNT: Wrong = {NO_AMOUNT: [None, 0, *TOO_SMALL[1:], Decimal("-0.0000001"), Decimal("-1e12")]}
 KEY: Wrong = {INVALID: [None, "", LONG, "k" * 256]}
-ACCOUNT: Wrong = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found"): ["nobody", "Ann", "ann "]}
+ACCOUNT: Wrong = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found"): ["nobody", "Ann", "alpha "]}
 NEW_ACCOUNT: Wrong = {INVALID: ACCOUNT[INVALID]}
 RESERVATION: Wrong = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["unknown", "R"]}
 METADATA: Wrong = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
@@ -38,26 +38,26 @@ TTL: Wrong = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), tim
 
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
-    "freeze_account": {"account_id": "ann"},
-    "unfreeze_account": {"account_id": "ann"},
-    "get_balance": {"account_id": "ann"},
-    "balance_at": {"account_id": "ann", "at": NOON},
-    "history": {"account_id": "ann"},
-    "prove_balance": {"account_id": "ann"},
-    "grant_credits": {"account_id": "ann", "amount": 5, "key": "k"},
-    "adjust": {"account_id": "ann", "amount": 5, "key": "k"},
-    "spend": {"account_id": "ann", "amount": 5, "key": "k"},
-    "refund_spend": {"account_id": "ann", "spend_key": "spent", "amount": 5, "key": "k"},
-    "revoke_grant": {"account_id": "ann", "grant_id": 0, "amount": 5, "key": "k"},
-    "transfer_credits": {"from_account_id": "ann", "to_account_id": "bob", "amount": 5, "key": "k"},
-    "reserve": {"account_id": "ann", "amount": 5, "reservation_id": "new"},
-    "capture": {"account_id": "ann", "reservation_id": "r", "amount": 5, "key": "k"},
-    "settle": {"account_id": "ann", "reservation_id": "r", "amount": 5},
-    "release": {"account_id": "ann", "reservation_id": "r"},
-    "extend": {"account_id": "ann", "reservation_id": "r"},
-    "get_reservation": {"account_id": "ann", "reservation_id": "r"},
-    "set_debt_limit": {"account_id": "ann", "debt_limit": 5},
-    "spend_many": {"requests": Jsonb([{"account_id": "ann", "amount": 5, "key": "k"}])},
+    "freeze_account": {"account_id": "alpha"},
+    "unfreeze_account": {"account_id": "alpha"},
+    "get_balance": {"account_id": "alpha"},
+    "balance_at": {"account_id": "alpha", "at": NOON},
+    "history": {"account_id": "alpha"},
+    "prove_balance": {"account_id": "alpha"},
+    "grant_credits": {"account_id": "alpha", "amount": 5, "key": "k"},
+    "adjust": {"account_id": "alpha", "amount": 5, "key": "k"},
+    "spend": {"account_id": "alpha", "amount": 5, "key": "k"},
+    "refund_spend": {"account_id": "alpha", "spend_key": "spent", "amount": 5, "key": "k"},
+    "revoke_grant": {"account_id": "alpha", "grant_id": 0, "amount": 5, "key": "k"},
+    "transfer_credits": {"from_account_id": "alpha", "to_account_id": "beta", "amount": 5, "key": "k"},
+    "reserve": {"account_id": "alpha", "amount": 5, "reservation_id": "new"},
+    "capture": {"account_id": "alpha", "reservation_id": "r", "amount": 5, "key": "k"},
+    "settle": {"account_id": "alpha", "reservation_id": "r", "amount": 5},
+    "release": {"account_id": "alpha", "reservation_id": "r"},
+    "extend": {"account_id": "alpha", "reservation_id": "r"},
+    "get_reservation": {"account_id": "alpha", "reservation_id": "r"},
+    "set_debt_limit": {"account_id": "alpha", "debt_limit": 5},
+    "spend_many": {"requests": Jsonb([{"account_id": "alpha", "amount": 5, "key": "k"}])},
     "receive_stripe_event": {"endpoint": "default", "payload": '{"id": "evt_1", "type": "unheard.of"}'},
     "replay_stripe_event": {"event_id": "evt_0"},
 }
@@ -92,7 +92,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("refund_spend", "spend_key"): {INVALID: KEY[INVALID], (404, "spend_not_found"): ["unknown"]},
     ("revoke_grant", "grant_id"): {(404, "grant_not_found"): [None, 0, -1, 2**63 - 1]},
     ("transfer_credits", "from_account_id"): ACCOUNT,
-    ("transfer_credits", "to_account_id"): {**ACCOUNT, INVALID: [*ACCOUNT[INVALID], "ann"]},
+    ("transfer_credits", "to_account_id"): {**ACCOUNT, INVALID: [*ACCOUNT[INVALID], "alpha"]},
     ("spend_many", "requests"): {INVALID: [None, Jsonb(None), Jsonb({}), Jsonb(1), Jsonb("[]"), Jsonb([{}] * 10_001)]},
     ("receive_stripe_event", "endpoint"): NEW_ACCOUNT,
     ("receive_stripe_event", "payload"): {
@@ -125,10 +125,10 @@ MISTYPED: dict[tuple[str, str], str] = {
 def ledger(conn: Connection[Any]) -> Ledger:
     """An account with a little of everything, which bad input must leave alone."""
     ledger = Ledger(conn)
-    ledger.open("ann", 100)
-    ledger.open("bob")
-    ledger.spend("ann", 10, key="spent")
-    ledger.reserve("ann", 10, "r")
+    ledger.open("alpha", 100)
+    ledger.open("beta")
+    ledger.spend("alpha", 10, key="spent")
+    ledger.reserve("alpha", 10, "r")
     return ledger
 
 
@@ -194,7 +194,7 @@ def test_a_bad_request_of_a_batch_is_answered_as_spend_would_and_changes_nothing
     "request_", [1, "text", None, [], {}, {"amount": {}}, {"amount": "abc"}, {"amount": "1e3"}, {"amount": "1_000"}]
 )
 def test_a_request_that_is_no_spend_is_answered_alone(ledger: Ledger, request_: Any) -> None:
-    fine = {"account_id": "ann", "amount": 5, "key": "fine"}
+    fine = {"account_id": "alpha", "amount": 5, "key": "fine"}
     first, odd, last = ledger.rows("spend_many", requests=Jsonb([fine, request_, {**fine, "key": "too"}]))
     assert (first.status, last.status) == (200, 200)
     assert (odd.status, odd.code) == NO_AMOUNT

@@ -36,40 +36,40 @@ def outcomes(results: list[Any]) -> Counter[str]:
 Verb = Callable[[Ledger], Any]
 
 ONCE: dict[str, tuple[Verb, Verb]] = {  # what a test prepares, what all threads do then
-    "open_account": (lambda _: None, lambda on: on.open_account("bob")),
-    "freeze_account": (lambda _: None, lambda on: on.freeze_account("ann")),
-    "grant_credits": (lambda _: None, lambda on: on.grant_credits("ann", 7, key="k")),
-    "spend": (lambda _: None, lambda on: on.spend("ann", 7, key="k")),
-    "adjust": (lambda _: None, lambda on: on.adjust("ann", -7, key="k")),
-    "transfer_credits": (lambda on: on.open("bob"), lambda on: on.transfer_credits("ann", "bob", 7, key="k")),
-    "refund_spend": (lambda on: on.spend("ann", 7, key="s"), lambda on: on.refund_spend("ann", "s", key="k")),
+    "open_account": (lambda _: None, lambda on: on.open_account("beta")),
+    "freeze_account": (lambda _: None, lambda on: on.freeze_account("alpha")),
+    "grant_credits": (lambda _: None, lambda on: on.grant_credits("alpha", 7, key="k")),
+    "spend": (lambda _: None, lambda on: on.spend("alpha", 7, key="k")),
+    "adjust": (lambda _: None, lambda on: on.adjust("alpha", -7, key="k")),
+    "transfer_credits": (lambda on: on.open("beta"), lambda on: on.transfer_credits("alpha", "beta", 7, key="k")),
+    "refund_spend": (lambda on: on.spend("alpha", 7, key="s"), lambda on: on.refund_spend("alpha", "s", key="k")),
     "revoke_grant": (
         lambda _: None,
-        lambda on: on.revoke_grant("ann", on.history("ann", kinds=["grant"])[0].grants[0]["grant_id"], key="k"),
+        lambda on: on.revoke_grant("alpha", on.history("alpha", kinds=["grant"])[0].grants[0]["grant_id"], key="k"),
     ),
-    "reserve": (lambda _: None, lambda on: on.reserve("ann", 7, "r")),
-    "capture": (lambda on: on.reserve("ann", 7, "r"), lambda on: on.capture("ann", "r", 5, key="k")),
-    "settle": (lambda on: on.reserve("ann", 7, "r"), lambda on: on.settle("ann", "r", 5)),
-    "release": (lambda on: on.reserve("ann", 7, "r"), lambda on: on.release("ann", "r")),
+    "reserve": (lambda _: None, lambda on: on.reserve("alpha", 7, "r")),
+    "capture": (lambda on: on.reserve("alpha", 7, "r"), lambda on: on.capture("alpha", "r", 5, key="k")),
+    "settle": (lambda on: on.reserve("alpha", 7, "r"), lambda on: on.settle("alpha", "r", 5)),
+    "release": (lambda on: on.reserve("alpha", 7, "r"), lambda on: on.release("alpha", "r")),
 }
 
 
 @pytest.mark.parametrize("verb", ONCE)
 def test_one_key_from_many_threads_is_done_once(ledger: Ledger, database: Database, verb: str) -> None:
     prepare, do = ONCE[verb]
-    ledger.open("ann", 100)
+    ledger.open("alpha", 100)
     prepare(ledger)
-    entries = ledger.get_balance("ann").entry_seq
+    entries = ledger.get_balance("alpha").entry_seq
     results = together(database, [do] * THREADS)
     assert outcomes(results) == {"done": 1, "replayed": THREADS - 1}
     assert len({result._replace(replayed=False) for result in results}) == 1
-    assert ledger.get_balance("ann").entry_seq <= entries + 1
+    assert ledger.get_balance("alpha").entry_seq <= entries + 1
 
 
 def test_one_key_with_many_arguments_is_done_once(ledger: Ledger, database: Database) -> None:
-    ledger.open("ann", 1000)
+    ledger.open("alpha", 1000)
     results = together(
-        database, [partial(Ledger.spend, account_id="ann", amount=n + 1, key="k") for n in range(THREADS)]
+        database, [partial(Ledger.spend, account_id="alpha", amount=n + 1, key="k") for n in range(THREADS)]
     )
     assert outcomes(results) == {"done": 1, "idempotency_conflict": THREADS - 1}
     (spent,) = [result.amount for result in results if not isinstance(result, CreditsError)]
@@ -77,28 +77,28 @@ def test_one_key_with_many_arguments_is_done_once(ledger: Ledger, database: Data
 
 
 RUSH: dict[str, tuple[Verb, Callable[..., Any], str]] = {  # of 100, each takes 10 under its own key
-    "spend": (lambda _: None, lambda on, n: on.spend("ann", 10, key=f"k{n}"), "insufficient_credits"),
-    "reserve": (lambda _: None, lambda on, n: on.reserve("ann", 10, f"r{n}"), "insufficient_credits"),
-    "adjust": (lambda _: None, lambda on, n: on.adjust("ann", -10, key=f"k{n}"), "insufficient_credits"),
+    "spend": (lambda _: None, lambda on, n: on.spend("alpha", 10, key=f"k{n}"), "insufficient_credits"),
+    "reserve": (lambda _: None, lambda on, n: on.reserve("alpha", 10, f"r{n}"), "insufficient_credits"),
+    "adjust": (lambda _: None, lambda on, n: on.adjust("alpha", -10, key=f"k{n}"), "insufficient_credits"),
     "transfer_credits": (
-        lambda on: on.open("bob"),
-        lambda on, n: on.transfer_credits("ann", "bob", 10, key=f"k{n}"),
+        lambda on: on.open("beta"),
+        lambda on, n: on.transfer_credits("alpha", "beta", 10, key=f"k{n}"),
         "insufficient_credits",
     ),
     "capture": (
-        lambda on: on.reserve("ann", 100, "r"),
-        lambda on, n: on.capture("ann", "r", 10, key=f"k{n}"),
+        lambda on: on.reserve("alpha", 100, "r"),
+        lambda on, n: on.capture("alpha", "r", 10, key=f"k{n}"),
         "insufficient_credits",
     ),
     "refund_spend": (
-        lambda on: on.spend("ann", 100, key="s"),
-        lambda on, n: on.refund_spend("ann", "s", amount=10, key=f"k{n}"),
+        lambda on: on.spend("alpha", 100, key="s"),
+        lambda on, n: on.refund_spend("alpha", "s", amount=10, key=f"k{n}"),
         "invalid_amount",
     ),
     "revoke_grant": (
         lambda _: None,
         lambda on, n: on.revoke_grant(
-            "ann", on.history("ann", kinds=["grant"])[0].grants[0]["grant_id"], amount=10, key=f"k{n}"
+            "alpha", on.history("alpha", kinds=["grant"])[0].grants[0]["grant_id"], amount=10, key=f"k{n}"
         ),
         "invalid_amount",
     ),
@@ -108,18 +108,18 @@ RUSH: dict[str, tuple[Verb, Callable[..., Any], str]] = {  # of 100, each takes 
 @pytest.mark.parametrize("verb", RUSH)
 def test_a_rush_of_twenty_for_ten_portions_serves_exactly_ten(ledger: Ledger, database: Database, verb: str) -> None:
     prepare, do, refusal = RUSH[verb]
-    ledger.open("ann", 100)
+    ledger.open("alpha", 100)
     prepare(ledger)
     results = together(database, [partial(do, n=n) for n in range(THREADS)])
     assert outcomes(results) == {"done": 10, refusal: 10}
 
 
 def test_a_rush_with_min_amount_holds_every_credit_and_none_twice(ledger: Ledger, database: Database) -> None:
-    ledger.open("ann", 95)
+    ledger.open("alpha", 95)
     results = together(
         database,
         [
-            partial(Ledger.reserve, account_id="ann", amount=10, reservation_id=f"r{n}", min_amount=1)
+            partial(Ledger.reserve, account_id="alpha", amount=10, reservation_id=f"r{n}", min_amount=1)
             for n in range(THREADS)
         ],
     )
@@ -130,21 +130,21 @@ def test_a_rush_with_min_amount_holds_every_credit_and_none_twice(ledger: Ledger
 
 @pytest.mark.parametrize("seed", range(4))
 def test_one_reservation_is_closed_once_whoever_comes_first(ledger: Ledger, database: Database, seed: int) -> None:
-    ledger.open("ann", 100)
-    ledger.reserve("ann", 60, "r")
+    ledger.open("alpha", 100)
+    ledger.reserve("alpha", 60, "r")
     verbs: list[Verb] = [
-        lambda on: on.settle("ann", "r", 50),
-        lambda on: on.release("ann", "r"),
-        *[partial(Ledger.capture, account_id="ann", reservation_id="r", amount=5, key=f"c{n}") for n in range(4)],
-        lambda on: on.extend("ann", "r", ttl="1 hour"),
+        lambda on: on.settle("alpha", "r", 50),
+        lambda on: on.release("alpha", "r"),
+        *[partial(Ledger.capture, account_id="alpha", reservation_id="r", amount=5, key=f"c{n}") for n in range(4)],
+        lambda on: on.extend("alpha", "r", ttl="1 hour"),
     ] * 3
     Random(seed).shuffle(verbs)
     results = together(database, verbs)
-    hold = ledger.get_reservation("ann", "r")
+    hold = ledger.get_reservation("alpha", "r")
     assert hold.status in {"settled", "released"}
     refused = {result.code for result in results if isinstance(result, CreditsError)}
     assert refused <= {"reservation_closed"}
-    charges = sum((-row.amount for row in ledger.history("ann", kinds=["capture", "settle"])), Decimal(0))
+    charges = sum((-row.amount for row in ledger.history("alpha", kinds=["capture", "settle"])), Decimal(0))
     assert ledger.sums() == (100 - charges, 0, 100 - charges, 0)
 
 
@@ -189,7 +189,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("accounts", [["ann"], ["ann", "bob"], ["ann", "bob", "Cy", "dee"]], ids=len)
+@pytest.mark.parametrize("accounts", [["alpha"], ["alpha", "beta"], ["alpha", "beta", "Cy", "dee"]], ids=len)
 def test_any_verbs_at_once_neither_deadlock_nor_break_an_invariant(
     ledger: Ledger, database: Database, accounts: list[str]
 ) -> None:
@@ -216,7 +216,7 @@ def test_any_verbs_at_once_neither_deadlock_nor_break_an_invariant(
 
 
 def test_transfers_in_both_directions_at_once_lose_nothing(ledger: Ledger, database: Database) -> None:
-    for account_id in ("ann", "bob"):
+    for account_id in ("alpha", "beta"):
         ledger.open(account_id, 500, key=f"first-{account_id}")
 
     def give(on: Ledger, giver: str, taker: str, n: int) -> int:
@@ -226,10 +226,10 @@ def test_transfers_in_both_directions_at_once_lose_nothing(ledger: Ledger, datab
 
     jobs = [
         partial(give, giver=giver, taker=taker, n=n)
-        for n, (giver, taker) in enumerate([("ann", "bob"), ("bob", "ann")] * 4)
+        for n, (giver, taker) in enumerate([("alpha", "beta"), ("beta", "alpha")] * 4)
     ]
     assert together(database, jobs) == [20] * 8
-    assert (ledger.available("ann"), ledger.available("bob")) == (500, 500)
+    assert (ledger.available("alpha"), ledger.available("beta")) == (500, 500)
 
 
 def test_batches_and_single_spends_on_the_same_accounts_take_each_credit_once(
@@ -274,57 +274,59 @@ def test_one_batch_from_many_threads_is_booked_once(ledger: Ledger, database: Da
 def test_what_fell_due_is_booked_once_however_many_look(ledger: Ledger, database: Database) -> None:
     with database.connect("credits_owner", autocommit=True) as owner:
         stop_clock(owner, NOON)
-        ledger.open("ann")
+        ledger.open("alpha")
         for n in range(10):
             ledger.grant(10, expires_at=NOON + HOUR + timedelta(minutes=n))
             ledger.grant(10, effective_at=NOON + HOUR + timedelta(minutes=n), expires_at=NOON + 3 * DAY)
-            ledger.reserve("ann", 5, f"r{n}", ttl="30 minutes")
+            ledger.reserve("alpha", 5, f"r{n}", ttl="30 minutes")
         stop_clock(owner, NOON + DAY)
-        expected = ledger.get_balance("ann")
+        expected = ledger.get_balance("alpha")
         together(database, [lambda on: on.use(1), *[Ledger.book] * THREADS])
     totals: Counter[str] = Counter()
     for kind, amount in ledger.kinds():
         totals[kind] += amount
     assert totals == {"grant": 200, "expire": -100, "spend": -1}
     assert ledger.sums() == (expected.available - 1, 0, expected.balance - 1, 0)
-    assert {ledger.get_reservation("ann", f"r{n}").status for n in range(10)} == {"expired"}
+    assert {ledger.get_reservation("alpha", f"r{n}").status for n in range(10)} == {"expired"}
 
 
 def test_after_a_freeze_has_answered_nothing_is_spent(ledger: Ledger, database: Database) -> None:
-    ledger.open("ann", 10000)
+    ledger.open("alpha", 10000)
 
     def freeze(on: Ledger) -> int:
-        on.freeze_account("ann")
-        seq: int = on.get_balance("ann").entry_seq
+        on.freeze_account("alpha")
+        seq: int = on.get_balance("alpha").entry_seq
         return seq
 
     def spend(on: Ledger) -> int:
         for _ in range(200):
-            on.spend("ann", 1, key=f"{id(on)}-{on.key()}")
+            on.spend("alpha", 1, key=f"{id(on)}-{on.key()}")
         return 200
 
     seq, *spends = together(database, [freeze, *[spend] * 8])
     assert outcomes(spends) == {"account_frozen": 8}
-    assert ledger.get_balance("ann").entry_seq == seq
+    assert ledger.get_balance("alpha").entry_seq == seq
 
 
 def test_readers_see_whole_operations_only(ledger: Ledger, database: Database) -> None:
-    ledger.open("ann", 1000)
-    ledger.open("bob")
+    ledger.open("alpha", 1000)
+    ledger.open("beta")
 
     def write(on: Ledger) -> None:
         for n in range(40):
-            on.reserve("ann", 10, f"{id(on)}-{n}")
-            on.settle("ann", f"{id(on)}-{n}", 4)
-            on.transfer_credits("ann", "bob", 1, key=f"{id(on)}-{n}")
+            on.reserve("alpha", 10, f"{id(on)}-{n}")
+            on.settle("alpha", f"{id(on)}-{n}", 4)
+            on.transfer_credits("alpha", "beta", 1, key=f"{id(on)}-{n}")
 
     def read(on: Ledger) -> None:
         for _ in range(100):
-            row = on.get_balance("ann")
+            row = on.get_balance("alpha")
             assert row.available == row.balance - row.held - row.debt
             assert row.held % 10 == 0
-            both = on.query("select (credits.get_balance('ann')).balance + (credits.get_balance('bob')).balance as sum")
+            both = on.query(
+                "select (credits.get_balance('alpha')).balance + (credits.get_balance('beta')).balance as sum"
+            )
             assert (1000 - both[0].sum) % 4 == 0
 
     together(database, [write, write, write, read, read])
-    assert ledger.sums("bob") == (120, 0, 120, 0)
+    assert ledger.sums("beta") == (120, 0, 120, 0)

@@ -11,7 +11,7 @@ from psycopg import Connection
 @pytest.fixture
 def ledger(conn: Connection[Any]) -> Ledger:
     ledger = Ledger(conn)
-    ledger.open("ann")
+    ledger.open("alpha")
     return ledger
 
 
@@ -30,11 +30,11 @@ def test_a_grant_starts_at_the_very_instant_it_becomes_effective(ledger: Ledger)
     made = ledger.grant(10, effective_at=NOON + HOUR)
     assert (made.entry_seq, made.balance, made.available) == (None, None, None)
     ledger.now = NOON + HOUR - TICK
-    assert (ledger.available(), ledger.get_balance("ann").pending) == (0, 10)
+    assert (ledger.available(), ledger.get_balance("alpha").pending) == (0, 10)
     with refused(402, "insufficient_credits", required=1, available=0):
         ledger.use(1)
     ledger.now = NOON + HOUR
-    assert (ledger.available(), ledger.get_balance("ann").pending) == (10, 0)
+    assert (ledger.available(), ledger.get_balance("alpha").pending) == (10, 0)
     ledger.use(10)
 
 
@@ -56,9 +56,9 @@ def test_a_reader_books_nothing_and_a_writer_books_once(ledger: Ledger) -> None:
     ledger.grant(10, expires_at=NOON + HOUR)
     ledger.now = NOON + DAY
     with ledger.unchanged():
-        ledger.get_balance("ann")
-        ledger.history("ann")
-        ledger.prove_balance("ann")
+        ledger.get_balance("alpha")
+        ledger.history("alpha")
+        ledger.prove_balance("alpha")
     ledger.book()
     ledger.book()
     assert ledger.kinds() == [("grant", 10), ("expire", -10)]
@@ -69,15 +69,15 @@ def test_the_next_expiry_sums_what_ends_together(ledger: Ledger) -> None:
     ledger.grant(5, expires_at=NOON + DAY, kind="promo")
     ledger.grant(7, expires_at=NOON + 2 * DAY)
     ledger.grant(3)
-    ledger.reserve("ann", 2, "r")
-    row = ledger.get_balance("ann")
+    ledger.reserve("alpha", 2, "r")
+    row = ledger.get_balance("alpha")
     assert (row.next_expiry_at, row.next_expiry_amount) == (NOON + DAY, 15)
     assert row.by_kind == {"bonus": 20, "promo": 5}
     ledger.now = NOON + DAY
-    row = ledger.get_balance("ann")
+    row = ledger.get_balance("alpha")
     assert (row.next_expiry_at, row.next_expiry_amount) == (NOON + 2 * DAY, 7)
     ledger.now = NOON + 2 * DAY
-    row = ledger.get_balance("ann")
+    row = ledger.get_balance("alpha")
     assert (row.next_expiry_at, row.next_expiry_amount) == (None, None)
 
 
@@ -107,11 +107,11 @@ def test_grants_are_spent_by_priority_then_expiry_then_start_then_number(ledger:
     for number in sorted(numbers, key=lambda n: n if n in twins else -n):
         ids[number] = ledger.grant(1, **ORDER[number]).grant_id
     if batch:
-        ledger.spend_many([{"account_id": "ann", "amount": 1, "key": f"k{n}"} for n in numbers])
+        ledger.spend_many([{"account_id": "alpha", "amount": 1, "key": f"k{n}"} for n in numbers])
     else:
         for n in numbers:
-            ledger.spend("ann", 1, key=f"k{n}")
-    spent = [row.grants[0]["grant_id"] for row in reversed(ledger.history("ann", kinds=["spend"]))]
+            ledger.spend("alpha", 1, key=f"k{n}")
+    spent = [row.grants[0]["grant_id"] for row in reversed(ledger.history("alpha", kinds=["spend"]))]
     assert spent == [ids[number] for number in numbers]
 
 
@@ -119,13 +119,13 @@ def test_one_spend_takes_several_grants_in_order(ledger: Ledger) -> None:
     later = ledger.grant(10, kind="purchase").grant_id
     first = ledger.grant(4, kind="plan").grant_id
     ledger.use(9)
-    assert ledger.history("ann")[0].grants == [{"grant_id": first, "amount": 4}, {"grant_id": later, "amount": 5}]
+    assert ledger.history("alpha")[0].grants == [{"grant_id": first, "amount": 4}, {"grant_id": later, "amount": 5}]
 
 
 def test_scoped_credits_pay_for_their_capabilities_only(ledger: Ledger) -> None:
     ledger.grant(10, kind="purchase")
     scoped = ledger.grant(5, kind="plan", scope=["image", "voice"]).grant_id
-    row = ledger.get_balance("ann")
+    row = ledger.get_balance("alpha")
     assert (row.available, row.balance, row.scoped) == (10, 15, {"image": 5, "voice": 5})
     with refused(402, "insufficient_credits", required=11, available=10):
         ledger.use(11, capability="text")
@@ -133,25 +133,25 @@ def test_scoped_credits_pay_for_their_capabilities_only(ledger: Ledger) -> None:
     with refused(402, "insufficient_credits", required=15, available=14):
         ledger.use(15, capability="image")
     ledger.use(6, capability="image")
-    assert ledger.history("ann")[0].grants[0] == {"grant_id": scoped, "amount": 5}
+    assert ledger.history("alpha")[0].grants[0] == {"grant_id": scoped, "amount": 5}
     assert ledger.sums() == (8, 0, 8, 0)
-    assert ledger.get_balance("ann").scoped == {}
+    assert ledger.get_balance("alpha").scoped == {}
 
 
 def test_a_scope_filters_and_never_changes_the_order(ledger: Ledger) -> None:
     plan = ledger.grant(5, kind="plan").grant_id
     ledger.grant(5, kind="purchase", scope=["image"])
     ledger.use(5, capability="image")
-    assert ledger.history("ann")[0].grants == [{"grant_id": plan, "amount": 5}]
+    assert ledger.history("alpha")[0].grants == [{"grant_id": plan, "amount": 5}]
 
 
 def test_a_hold_outlives_the_expiry_of_its_grant_and_can_be_charged(ledger: Ledger) -> None:
     ledger.grant(10, expires_at=NOON + HOUR)
-    ledger.reserve("ann", 6, "r", ttl=3 * HOUR)
+    ledger.reserve("alpha", 6, "r", ttl=3 * HOUR)
     ledger.now = NOON + 2 * HOUR
     assert ledger.sums() == (0, 6, 6, 0)
-    ledger.capture("ann", "r", 2, key="c")
-    assert ledger.settle("ann", "r", 4).charged == 4
+    ledger.capture("alpha", "r", 2, key="c")
+    assert ledger.settle("alpha", "r", 4).charged == 4
     assert ledger.kinds() == [("grant", 10), ("expire", -4), ("capture", -2), ("settle", -4)]
     assert_sound(ledger)
 
@@ -159,12 +159,12 @@ def test_a_hold_outlives_the_expiry_of_its_grant_and_can_be_charged(ledger: Ledg
 @pytest.mark.parametrize("how", ["settle", "release", "run out"])
 def test_what_a_hold_returns_to_an_expired_grant_is_booked_as_expired(ledger: Ledger, how: str) -> None:
     ledger.grant(10, expires_at=NOON + HOUR)
-    ledger.reserve("ann", 6, "r", ttl=3 * HOUR)
+    ledger.reserve("alpha", 6, "r", ttl=3 * HOUR)
     ledger.now = NOON + 2 * HOUR
     if how == "settle":
-        assert ledger.settle("ann", "r", 0).released == 6
+        assert ledger.settle("alpha", "r", 0).released == 6
     elif how == "release":
-        ledger.release("ann", "r")
+        ledger.release("alpha", "r")
     else:
         ledger.now = NOON + 3 * HOUR
         assert ledger.sums() == (0, 0, 0, 0)
@@ -178,9 +178,9 @@ def test_what_a_hold_returns_to_an_expired_grant_is_booked_as_expired(ledger: Le
 def test_a_refund_to_an_expired_grant_is_booked_as_expired(ledger: Ledger) -> None:
     ledger.grant(10, expires_at=NOON + HOUR)
     ledger.grant(10, kind="purchase")
-    ledger.spend("ann", 12, key="s")
+    ledger.spend("alpha", 12, key="s")
     ledger.now = NOON + 2 * HOUR
-    ledger.refund_spend("ann", "s", key="f")
+    ledger.refund_spend("alpha", "s", key="f")
     assert ledger.sums() == (10, 0, 10, 0)
     assert ledger.kinds()[-2:] == [("refund", 12), ("expire", -10)]
 
@@ -201,12 +201,12 @@ def test_plan_credits_come_with_the_opening_and_end_a_month_later(
     ledger.rows("load_demo_catalog")
     ledger.conn.execute("select set_config('timezone', %s, true)", [zone])
     ledger.now = opened
-    ledger.open_account("bob", plan="team")
-    ledger.open_account("bob", plan="team")
-    row = ledger.get_balance("bob")
+    ledger.open_account("beta", plan="team")
+    ledger.open_account("beta", plan="team")
+    row = ledger.get_balance("beta")
     assert (row.available, row.plan, row.by_kind, row.next_expiry_at) == (2000, "team", {"plan": 2000}, ends)
     ledger.now = ends
-    assert ledger.available("bob") == 0
+    assert ledger.available("beta") == 0
 
 
 def play(ledger: Ledger, account_id: str) -> None:
@@ -249,7 +249,7 @@ def test_late_booking_ends_where_punctual_booking_does_and_where_the_read_said(l
 
 def test_what_falls_due_together_is_booked_in_the_order_hold_start_end(ledger: Ledger) -> None:
     ledger.grant(10, expires_at=NOON + HOUR)
-    ledger.reserve("ann", 4, "r", ttl=HOUR)
+    ledger.reserve("alpha", 4, "r", ttl=HOUR)
     ledger.grant(7, effective_at=NOON + HOUR)
     ledger.now = NOON + HOUR
     ledger.book()

@@ -291,7 +291,7 @@ AMOUNTS = st.one_of(
     st.sampled_from([Decimal("0.000001"), Decimal("12.345678"), Decimal("7.5"), Decimal(500)]),
 )
 SPANS = st.sampled_from([10 * MINUTE, 30 * MINUTE, HOUR, 3 * HOUR, DAY])
-ACCOUNTS = ["ann", "bob", "Cy"]
+ACCOUNTS = ["alpha", "beta", "Cy"]
 ACCOUNT = st.sampled_from(ACCOUNTS)
 NAMES = st.sampled_from(["r1", "r2", "r3", "r4", "r5"])
 CAPABILITY = st.sampled_from([None, None, "image", "voice"])

@@ -19,22 +19,22 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 def busy(ledger: Ledger) -> None:
     """Two accounts with entries of every kind, an open reservation, a debt and a purchase."""
     ledger.rows("load_demo_catalog")
-    ledger.open("ann", 100, "0.000001")
-    ledger.open("bob", 20)
+    ledger.open("alpha", 100, "0.000001")
+    ledger.open("beta", 20)
     ledger.grant(30, expires_at=NOON + HOUR)
-    ledger.spend("ann", "12.5", key="k|1 ключ 🙂")
-    ledger.spend_many([{"account_id": "ann", "amount": n, "key": f"m{n}", "subject": "job:1"} for n in range(1, 5)])
-    ledger.refund_spend("ann", "m4", amount=2, key="f")
-    ledger.transfer_credits("ann", "bob", 9, key="t")
-    ledger.adjust("ann", "-0.5", key="a")
-    ledger.reserve("ann", 20, "r")
-    ledger.capture("ann", "r", 5, key="c")
-    ledger.settle("ann", "r", 18)
+    ledger.spend("alpha", "12.5", key="k|1 ключ 🙂")
+    ledger.spend_many([{"account_id": "alpha", "amount": n, "key": f"m{n}", "subject": "job:1"} for n in range(1, 5)])
+    ledger.refund_spend("alpha", "m4", amount=2, key="f")
+    ledger.transfer_credits("alpha", "beta", 9, key="t")
+    ledger.adjust("alpha", "-0.5", key="a")
+    ledger.reserve("alpha", 20, "r")
+    ledger.capture("alpha", "r", 5, key="c")
+    ledger.settle("alpha", "r", 18)
     ledger.now += 2 * HOUR + timedelta(microseconds=123450)
-    ledger.reserve("ann", 5, "open")
-    lot = ledger.grant(40, "bob")
-    ledger.use(40, "bob")
-    ledger.revoke_grant("bob", lot.grant_id, amount=35, key="v")
+    ledger.reserve("alpha", 5, "open")
+    lot = ledger.grant(40, "beta")
+    ledger.use(40, "beta")
+    ledger.revoke_grant("beta", lot.grant_id, amount=35, key="v")
     ledger.open("cy", 10)
     ledger.set_debt_limit("cy", 50)
     ledger.reserve("cy", 10, "over")
@@ -45,7 +45,7 @@ def busy(ledger: Ledger) -> None:
 
 EVENT = """{"id": "evt_1", "type": "checkout.session.completed", "created": 1893456000, "data": {"object": {
   "id": "cs_1", "mode": "payment", "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000,
-  "currency": "usd", "metadata": {"account_id": "ann", "package": "starter"}}}}"""
+  "currency": "usd", "metadata": {"account_id": "alpha", "package": "starter"}}}}"""
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def text_of(entry: Any) -> str:
 
 def test_the_chain_can_be_recomputed_by_anybody(ledger: Ledger) -> None:
     kinds = set()
-    for account_id in ("ann", "bob", "cy"):
+    for account_id in ("alpha", "beta", "cy"):
         head = hashlib.sha256(account_id.encode()).digest()
         for entry in ledger.table("entries", "account_id = %s order by entry_seq", account_id):
             head = hashlib.sha256(head + text_of(entry).encode()).digest()
@@ -101,18 +101,18 @@ def test_an_account_without_entries_has_a_head_of_its_own(ledger: Ledger) -> Non
 
 
 def test_the_proof_shows_the_sums_that_it_compared(ledger: Ledger) -> None:
-    proof, balance = ledger.prove_balance("ann"), ledger.get_balance("ann")
+    proof, balance = ledger.prove_balance("alpha"), ledger.get_balance("alpha")
     assert (proof.balance, proof.held, proof.debt) == (balance.balance, balance.held, balance.debt)
     assert proof.entries_sum == proof.grants_sum == proof.balance
     assert proof.reservations_sum == proof.held == 5
-    assert proof.entries == balance.entry_seq == len(ledger.history("ann", max_rows=1000))
+    assert proof.entries == balance.entry_seq == len(ledger.history("alpha", max_rows=1000))
 
 
 def test_the_proof_speaks_of_what_is_booked(ledger: Ledger) -> None:
-    before = ledger.prove_balance("ann")
+    before = ledger.prove_balance("alpha")
     ledger.now += DAY
-    assert ledger.prove_balance("ann") == before
-    assert (before.held, ledger.get_balance("ann").held) == (5, 0)
+    assert ledger.prove_balance("alpha") == before
+    assert (before.held, ledger.get_balance("alpha").held) == (5, 0)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Kathmandu"])
@@ -128,12 +128,12 @@ def test_the_trial_balance_sums_to_zero_over_every_account_of_the_chart(ledger: 
     assert sum(row.balance for row in rows) == 0
     books = {row.account: row.balance for row in rows}
     assert set(books) == {side for kind in ledger.table("entry_kinds") for side in (kind.debit, kind.credit)}
-    balances = [ledger.get_balance(account_id) for account_id in ("ann", "bob", "cy")]
+    balances = [ledger.get_balance(account_id) for account_id in ("alpha", "beta", "cy")]
     assert -books["customer_credits"] == sum((row.balance for row in balances), Decimal(0))
     assert books["customer_debt"] == sum((row.debt for row in balances), Decimal(0))
 
 
-LAST = "entry_seq = (select max(entry_seq) from credits.entries where account_id = 'ann')"
+LAST = "entry_seq = (select max(entry_seq) from credits.entries where account_id = 'alpha')"
 CHAIN, HEAD = "entries_are_numbered_and_chained", "balance_holds_the_head"
 HELD, SUM = "held_is_the_sum_of_open_reservations", "balance_is_the_sum_of_entries"
 LOT, LOTS = "grant_is_what_its_entries_say", "grants_sum_to_the_balance"
@@ -141,12 +141,12 @@ LOT, LOTS = "grant_is_what_its_entries_say", "grants_sum_to_the_balance"
 
 def entry(change: str) -> str:
     """Change one entry."""
-    return f"update credits.entries set {change} where account_id = 'ann' and entry_seq = 5"
+    return f"update credits.entries set {change} where account_id = 'alpha' and entry_seq = 5"
 
 
 def lots(change: str, where: str = "true") -> str:
     """Change grants."""
-    return f"update credits.grants set {change} where account_id = 'ann' and {where}"
+    return f"update credits.grants set {change} where account_id = 'alpha' and {where}"
 
 
 def hold(change: str) -> str:
@@ -156,36 +156,36 @@ def hold(change: str) -> str:
 
 FORGED_GRANT = """
   insert into credits.grants (account_id, kind, status, priority, amount, remaining, effective_at, created_at)
-  values ('ann', 'gift', 'active', 0, 5, 5, now(), now())"""
+  values ('alpha', 'gift', 'active', 0, 5, 5, now(), now())"""
 KEY_TWICE = """
   alter table credits.entries drop constraint entries_one_per_key;
-  update credits.entries set key = 'm1' where account_id = 'ann' and key = 'm2'"""
+  update credits.entries set key = 'm1' where account_id = 'alpha' and key = 'm2'"""
 
 TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the intruder does
     (CHAIN, entry("amount = amount - 1")),
     (CHAIN, entry("amount = amount - 1, balance_after = balance_after - 1").replace("= 5", ">= 5")),
     (CHAIN, entry("created_at = created_at + interval '1 microsecond'")),
     (CHAIN, entry("key = 'other'")),
-    (CHAIN, "update credits.entries set kind = 'adjust' where account_id = 'ann' and kind = 'spend'"),
+    (CHAIN, "update credits.entries set kind = 'adjust' where account_id = 'alpha' and kind = 'spend'"),
     (CHAIN, entry("operation = 'adjust'")),
     (CHAIN, entry("debt = debt + 1")),
     (CHAIN, entry("grant_ids = grant_ids || 1::bigint, grant_amounts = grant_amounts || 0.0")),
     (CHAIN, entry("hash = sha256(hash)")),
-    (CHAIN, "delete from credits.entries where account_id = 'ann' and entry_seq = 1"),
-    (CHAIN, "delete from credits.entries where account_id = 'ann' and entry_seq = 5"),
+    (CHAIN, "delete from credits.entries where account_id = 'alpha' and entry_seq = 1"),
+    (CHAIN, "delete from credits.entries where account_id = 'alpha' and entry_seq = 5"),
     (CHAIN, entry("entry_seq = entry_seq + 1000")),
-    (HEAD, f"delete from credits.entries where account_id = 'ann' and {LAST}"),
-    (HEAD, "delete from credits.entries where account_id = 'ann'"),
-    (HEAD, "update credits.balances set hash = sha256(hash) where account_id = 'ann'"),
-    (HEAD, "update credits.balances set entry_seq = entry_seq + 1 where account_id = 'ann'"),
-    (SUM, "update credits.balances set balance = balance + 1 where account_id = 'ann'"),
-    (SUM, "update credits.balances set debt = debt + 1 where account_id = 'ann'"),
-    (HELD, "update credits.balances set held = held + 1 where account_id = 'ann'"),
+    (HEAD, f"delete from credits.entries where account_id = 'alpha' and {LAST}"),
+    (HEAD, "delete from credits.entries where account_id = 'alpha'"),
+    (HEAD, "update credits.balances set hash = sha256(hash) where account_id = 'alpha'"),
+    (HEAD, "update credits.balances set entry_seq = entry_seq + 1 where account_id = 'alpha'"),
+    (SUM, "update credits.balances set balance = balance + 1 where account_id = 'alpha'"),
+    (SUM, "update credits.balances set debt = debt + 1 where account_id = 'alpha'"),
+    (HELD, "update credits.balances set held = held + 1 where account_id = 'alpha'"),
     (HELD, hold("amount = amount + 1")),
     (HELD, hold("status = 'released', closed_at = now()")),
     (HELD, "delete from credits.reservations where status = 'open'"),
     (LOTS, lots("remaining = remaining + 1, amount = amount + 1")),
-    (LOTS, "delete from credits.grants where account_id = 'ann' and remaining > 0"),
+    (LOTS, "delete from credits.grants where account_id = 'alpha' and remaining > 0"),
     (LOTS, lots("status = 'pending'", "remaining > 0")),
     (LOTS, FORGED_GRANT),
     (LOT, lots("amount = amount + 1, consumed = consumed + 1")),
@@ -202,9 +202,9 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("entries_are_well_formed", "update credits.entries set fingerprint = null where key is not null"),
     ("grants_are_well_formed", lots("expires_at = effective_at")),
     ("reservations_are_well_formed", hold("closed_at = now()")),
-    (STRAY, "update credits.entries set account_id = 'ghost' where account_id = 'ann'"),
-    (STRAY, "update credits.reservations set account_id = 'ghost' where account_id = 'ann'"),
-    ("accounts_have_a_balance", "delete from credits.balances where account_id = 'ann'"),
+    (STRAY, "update credits.entries set account_id = 'ghost' where account_id = 'alpha'"),
+    (STRAY, "update credits.reservations set account_id = 'ghost' where account_id = 'alpha'"),
+    ("accounts_have_a_balance", "delete from credits.balances where account_id = 'alpha'"),
     ("keys_are_used_once", KEY_TWICE),
     ("completed_purchases_have_their_grant", "update credits.purchases set credits = credits + 1"),
     ("completed_purchases_have_their_grant", "delete from credits.stripe_facts"),
@@ -225,11 +225,11 @@ def test_tampering_with_an_account_is_found_by_its_proof_and_by_the_audit(
     intruder: Ledger, finding: str, statement: str
 ) -> None:
     tamper(intruder, statement)
-    assert (finding, "ann") in {(row.invariant, row.account_id) for row in intruder.audit()}
-    proof = intruder.prove_balance("ann")
+    assert (finding, "alpha") in {(row.invariant, row.account_id) for row in intruder.audit()}
+    proof = intruder.prove_balance("alpha")
     assert not proof.ok
     assert finding in {found["invariant"] for found in proof.findings}
-    assert intruder.prove_balance("bob").ok
+    assert intruder.prove_balance("beta").ok
 
 
 @pytest.mark.parametrize(("finding", "statement"), BOOK_TAMPERINGS)
@@ -241,15 +241,15 @@ def test_tampering_beyond_one_account_is_found_by_the_audit(intruder: Ledger, fi
 @pytest.mark.parametrize(
     "statement",
     [
-        "update credits.entries set refunds_seq = 2 where account_id = 'ann' and kind = 'refund'",
-        "update credits.entries set refunds_seq = null where account_id = 'ann' and kind = 'refund'",
-        "update credits.entries set reservation_id = 'other' where account_id = 'ann' and kind = 'settle'",
+        "update credits.entries set refunds_seq = 2 where account_id = 'alpha' and kind = 'refund'",
+        "update credits.entries set refunds_seq = null where account_id = 'alpha' and kind = 'refund'",
+        "update credits.entries set reservation_id = 'other' where account_id = 'alpha' and kind = 'settle'",
         entry("available_after = available_after + 1"),
     ],
 )
 def test_tampering_with_what_an_entry_refers_to_is_found(intruder: Ledger, statement: str) -> None:
     tamper(intruder, statement)
-    assert not intruder.prove_balance("ann").ok
+    assert not intruder.prove_balance("alpha").ok
 
 
 def test_every_finding_that_the_audit_can_name_is_provoked_here(ledger: Ledger) -> None:

@@ -18,12 +18,12 @@ Change = dict[str, Any]
 
 
 def session(session_id: str = "cs_1", **changes: Any) -> Change:
-    """A Checkout session as Stripe describes it: the starter package, bought by ann, paid."""
+    """A Checkout session as Stripe describes it: the starter package, bought by alpha, paid."""
     return {
         "id": session_id, "object": "checkout.session", "mode": "payment", "status": "complete",
         "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000, "currency": "usd",
         "livemode": False, "customer": "cus_ann", "payment_intent": "pi_1", "client_reference_id": None,
-        "metadata": {"account_id": "ann", "package": "starter"}, **changes,
+        "metadata": {"account_id": "alpha", "package": "starter"}, **changes,
     }  # fmt: skip
 
 
@@ -38,12 +38,12 @@ def event(event_id: str = "evt_1", event_type: str = COMPLETED, **changes: Any) 
 def prepare(ledger: Ledger) -> None:
     """The demo catalogue, and an account without credits."""
     ledger.rows("load_demo_catalog")
-    ledger.open("ann")
+    ledger.open("alpha")
 
 
 @pytest.fixture
 def ledger(conn: Connection[Any]) -> Ledger:
-    """A shop that ann may buy from."""
+    """A shop that alpha may buy from."""
     ledger = Ledger(conn)
     prepare(ledger)
     return ledger
@@ -66,7 +66,7 @@ def test_a_paid_session_becomes_a_purchase_a_grant_and_a_balance(ledger: Ledger)
     assert ledger.sums() == (1000, 0, 1000, 0)
     (purchase,) = ledger.table("purchases")
     (grant,) = ledger.table("grants")
-    assert (purchase.account_id, purchase.package, purchase.quantity, purchase.credits) == ("ann", "starter", 1, 1000)
+    assert (purchase.account_id, purchase.package, purchase.quantity, purchase.credits) == ("alpha", "starter", 1, 1000)
     assert (purchase.amount, purchase.currency, purchase.status) == (1000, "usd", "completed")
     assert (purchase.stripe_session_id, purchase.stripe_payment_intent_id, purchase.stripe_customer_id) == (
         "cs_1", "pi_1", "cus_ann",
@@ -139,10 +139,10 @@ def test_one_session_under_another_event_id_grants_once(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"metadata": {"account_id": "ann", "package": "starter"}, "client_reference_id": None},
-        {"metadata": {"package": "starter"}, "client_reference_id": "ann"},
-        {"metadata": {"account_id": "", "package": "starter"}, "client_reference_id": "ann"},
-        {"metadata": {"account_id": "ann", "package": "starter"}, "client_reference_id": "nobody"},
+        {"metadata": {"account_id": "alpha", "package": "starter"}, "client_reference_id": None},
+        {"metadata": {"package": "starter"}, "client_reference_id": "alpha"},
+        {"metadata": {"account_id": "", "package": "starter"}, "client_reference_id": "alpha"},
+        {"metadata": {"account_id": "alpha", "package": "starter"}, "client_reference_id": "nobody"},
         {
             "customer": {"id": "cus_ann", "object": "customer"},
             "payment_intent": {"id": "pi_1", "object": "payment_intent"},
@@ -167,10 +167,10 @@ def test_the_account_is_found_by_metadata_or_client_reference(ledger: Ledger, ch
 
 PARKED: dict[str, tuple[str, Change]] = {
     "no account named": ("account_unknown", {"metadata": {"package": "starter"}}),
-    "an unknown account": ("account_unknown", {"metadata": {"account_id": "bob", "package": "starter"}}),
+    "an unknown account": ("account_unknown", {"metadata": {"account_id": "beta", "package": "starter"}}),
     "no metadata at all": ("account_unknown", {"metadata": None}),
-    "no package": ("package_unknown", {"metadata": {"account_id": "ann"}}),
-    "an unknown package": ("package_unknown", {"metadata": {"account_id": "ann", "package": "gold"}}),
+    "no package": ("package_unknown", {"metadata": {"account_id": "alpha"}}),
+    "an unknown package": ("package_unknown", {"metadata": {"account_id": "alpha", "package": "gold"}}),
     "another amount": ("amount_unknown", {"amount_subtotal": 999, "amount_total": 999}),
     "the price of another package": ("amount_unknown", {"amount_subtotal": 4500, "amount_total": 4500}),
     "another currency": ("amount_unknown", {"currency": "eur"}),
@@ -178,14 +178,14 @@ PARKED: dict[str, tuple[str, Change]] = {
     "no amount": ("amount_unknown", {"amount_subtotal": None, "amount_total": None}),
     "no total": ("amount_unknown", {"amount_total": None}),
     "an amount that is text": ("amount_unknown", {"amount_subtotal": "a lot", "amount_total": "a lot"}),
-    "quantity zero": ("quantity_unknown", {"metadata": {"account_id": "ann", "package": "starter", "quantity": "0"}}),
+    "quantity zero": ("quantity_unknown", {"metadata": {"account_id": "alpha", "package": "starter", "quantity": "0"}}),
     "quantity many": (
         "quantity_unknown",
-        {"metadata": {"account_id": "ann", "package": "starter", "quantity": "many"}},
+        {"metadata": {"account_id": "alpha", "package": "starter", "quantity": "many"}},
     ),
     "two of them paid as one": (
         "amount_unknown",
-        {"metadata": {"account_id": "ann", "package": "starter", "quantity": "2"}},
+        {"metadata": {"account_id": "alpha", "package": "starter", "quantity": "2"}},
     ),
     "no session id": ("session_unknown", {"id": None}),
 }
@@ -215,7 +215,7 @@ def test_a_parked_event_is_applied_once_the_account_exists(
     assert deliver(ledger, event()) == "parked"
     assert again(ledger) == "parked"
     assert stored(ledger).attempts == 2
-    ledger.open("ann")
+    ledger.open("alpha")
     assert again(ledger) == "applied"
     assert (stored(ledger).reason, stored(ledger).next_attempt_at) == (None, None)
     assert ledger.available() == 1000
@@ -224,19 +224,19 @@ def test_a_parked_event_is_applied_once_the_account_exists(
 
 
 def test_a_customer_of_one_account_never_pays_for_another(ledger: Ledger) -> None:
-    ledger.open("bob")
+    ledger.open("beta")
     deliver(ledger, event())
-    stranger = event("evt_2", session_id="cs_2", metadata={"account_id": "bob", "package": "starter"})
+    stranger = event("evt_2", session_id="cs_2", metadata={"account_id": "beta", "package": "starter"})
     assert deliver(ledger, stranger) == "parked"
     assert stored(ledger, "evt_2").reason == "customer_of_another_account"
-    assert ledger.available("bob") == 0
+    assert ledger.available("beta") == 0
 
 
 def test_a_session_never_grants_to_a_second_account(ledger: Ledger) -> None:
-    ledger.open("bob")
+    ledger.open("beta")
     deliver(ledger, event())
-    deliver(ledger, event("evt_2", metadata={"account_id": "bob", "package": "starter"}, customer=None))
-    assert (ledger.available("ann"), ledger.available("bob")) == (1000, 0)
+    deliver(ledger, event("evt_2", metadata={"account_id": "beta", "package": "starter"}, customer=None))
+    assert (ledger.available("alpha"), ledger.available("beta")) == (1000, 0)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_discounts_and_tax_change_the_cost_and_never_the_credits(ledger: Ledger,
 
 
 def test_a_quantity_multiplies_price_and_credits(ledger: Ledger) -> None:
-    metadata = {"account_id": "ann", "package": "standard", "quantity": "3"}
+    metadata = {"account_id": "alpha", "package": "standard", "quantity": "3"}
     assert deliver(ledger, event(metadata=metadata, amount_subtotal=13500, amount_total=13500)) == "applied"
     assert ledger.available() == 15000
     (purchase,) = ledger.table("purchases")
@@ -286,7 +286,7 @@ def test_a_package_that_is_no_longer_on_sale_is_still_delivered(ledger: Ledger) 
 
 
 def test_a_frozen_account_receives_what_it_bought(ledger: Ledger) -> None:
-    ledger.freeze_account("ann")
+    ledger.freeze_account("alpha")
     assert deliver(ledger, event()) == "applied"
     assert ledger.available() == 1000
 
@@ -294,7 +294,7 @@ def test_a_frozen_account_receives_what_it_bought(ledger: Ledger) -> None:
 def test_a_purchase_pays_the_debt_first(ledger: Ledger) -> None:
     grant = ledger.grant(300)
     ledger.use(300)
-    ledger.revoke_grant("ann", grant.grant_id, key="fraud")
+    ledger.revoke_grant("alpha", grant.grant_id, key="fraud")
     deliver(ledger, event())
     assert ledger.sums() == (700, 0, 700, 0)
     assert ledger.kinds()[-2:] == [("grant", 1000), ("debt_paid", -300)]
@@ -305,7 +305,7 @@ def broken(ledger: Ledger) -> None:
     ledger.change(
         "create or replace function credits._on_checkout_session(event credits.stripe_events) "
         "returns credits.handler_result language plpgsql as $$ begin "
-        "perform credits._grant('ann', 5, 'bonus', key => 'half', fingerprint => '{}'); "
+        "perform credits._grant('alpha', 5, 'bonus', key => 'half', fingerprint => '{}'); "
         "perform 1 / 0; return null; end $$"
     )
 
@@ -364,7 +364,7 @@ def test_text_that_jsonb_cannot_hold_neither_loses_the_event_nor_the_credits(led
 
 
 def test_a_pair_of_surrogates_stays_a_character(ledger: Ledger) -> None:
-    account_id = "ann \U0001f600"
+    account_id = "alpha \U0001f600"
     ledger.open(account_id)
     payload = event(metadata={"account_id": account_id, "package": "starter"}, odd="NUL").replace("NUL", "\\u0000")
     assert "\\ud83d\\ude00" in payload
@@ -421,10 +421,10 @@ def test_deliveries_from_many_threads_grant_once(database: Database, what: str) 
 
 
 def test_two_accounts_racing_for_one_session_are_granted_once(database: Database) -> None:
-    names = ("ann", "bob")
+    names = ("alpha", "beta")
     with committed(database) as ledger:
         prepare(ledger)
-        ledger.open("bob")
+        ledger.open("beta")
         payloads = [
             event(f"evt_{n}", metadata={"account_id": names[n % 2], "package": "starter"}, customer=None)
             for n in range(20)

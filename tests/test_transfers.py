@@ -10,14 +10,14 @@ from psycopg import Connection
 @pytest.fixture
 def ledger(conn: Connection[Any]) -> Ledger:
     ledger = Ledger(conn)
-    ledger.open("ann", 100)
-    ledger.open("bob")
+    ledger.open("alpha", 100)
+    ledger.open("beta")
     return ledger
 
 
-@pytest.mark.parametrize(("giver", "taker"), [("ann", "bob"), ("bob", "ann")])
+@pytest.mark.parametrize(("giver", "taker"), [("alpha", "beta"), ("beta", "alpha")])
 def test_credits_go_from_one_account_to_the_other_in_both_directions(ledger: Ledger, giver: str, taker: str) -> None:
-    ledger.grant(50, "bob")
+    ledger.grant(50, "beta")
     before = {name: ledger.available(name) for name in (giver, taker)}
     result = ledger.transfer_credits(giver, taker, 30, description="lunch", key="t", metadata={"n": 1})
     assert (result.from_account_id, result.to_account_id, result.amount) == (giver, taker, 30)
@@ -32,26 +32,26 @@ def test_credits_go_from_one_account_to_the_other_in_both_directions(ledger: Led
 def test_a_gift_keeps_the_expiry_of_what_was_given(ledger: Ledger) -> None:
     for days in (2, 1):
         ledger.grant(10, kind="plan", expires_at=NOON + days * DAY)
-    ledger.transfer_credits("ann", "bob", 25, key="t")
-    lots = ledger.table("grants", "account_id = 'bob' order by grant_id")
+    ledger.transfer_credits("alpha", "beta", 25, key="t")
+    lots = ledger.table("grants", "account_id = 'beta' order by grant_id")
     assert [(lot.kind, lot.priority, lot.amount, lot.expires_at) for lot in lots] == [
         ("gift", 25, 10, NOON + DAY), ("gift", 25, 10, NOON + 2 * DAY), ("gift", 25, 5, None),
     ]  # fmt: skip
-    assert {lot.source for lot in lots} == {"transfer:ann"}
+    assert {lot.source for lot in lots} == {"transfer:alpha"}
     ledger.now = NOON + 2 * DAY
-    assert ledger.available("bob") == 5
+    assert ledger.available("beta") == 5
 
 
 def test_a_gift_keeps_its_share_of_the_cost(ledger: Ledger) -> None:
     ledger.change("update credits.grants set cost = 1000, cost_currency = 'usd'")
     ledger.grant(20, kind="promo")
-    ledger.transfer_credits("ann", "bob", 45, key="t")
-    lots = {lot.cost_currency: (lot.amount, lot.cost) for lot in ledger.table("grants", "account_id = 'bob'")}
-    used = ledger.history("ann")[0].grants
+    ledger.transfer_credits("alpha", "beta", 45, key="t")
+    lots = {lot.cost_currency: (lot.amount, lot.cost) for lot in ledger.table("grants", "account_id = 'beta'")}
+    used = ledger.history("alpha")[0].grants
     paid = sum(
         s["amount"]
         for s in used
-        if s["grant_id"] == ledger.table("grants", "cost is not null and account_id = 'ann'")[0].grant_id
+        if s["grant_id"] == ledger.table("grants", "cost is not null and account_id = 'alpha'")[0].grant_id
     )
     assert lots["usd"] == (paid, paid * 10)
     assert sum(amount for amount, _ in lots.values()) == 45
@@ -59,18 +59,18 @@ def test_a_gift_keeps_its_share_of_the_cost(ledger: Ledger) -> None:
 
 def test_only_what_is_available_and_unscoped_can_be_given(ledger: Ledger) -> None:
     ledger.grant(50, scope=["image"])
-    ledger.reserve("ann", 30, "r")
+    ledger.reserve("alpha", 30, "r")
     with ledger.unchanged(), refused(402, "insufficient_credits", required=71, available=70):
-        ledger.transfer_credits("ann", "bob", 71, key="t")
-    ledger.transfer_credits("ann", "bob", 70, key="t")
+        ledger.transfer_credits("alpha", "beta", 71, key="t")
+    ledger.transfer_credits("alpha", "beta", 70, key="t")
 
 
 def test_a_transfer_replays_and_refuses_other_arguments(ledger: Ledger) -> None:
     ledger.open("cy")
-    first = ledger.transfer_credits("ann", "bob", 30, key="t")
+    first = ledger.transfer_credits("alpha", "beta", 30, key="t")
     ledger.use(70)
     with ledger.unchanged():
-        assert same(first, ledger.transfer_credits("ann", "bob", "30.0", key="t"))
+        assert same(first, ledger.transfer_credits("alpha", "beta", "30.0", key="t"))
         changes: list[dict[str, Any]] = [
             {"amount": 31},
             {"to_account_id": "cy"},
@@ -79,37 +79,41 @@ def test_a_transfer_replays_and_refuses_other_arguments(ledger: Ledger) -> None:
         ]
         for change in changes:
             with refused(409, "idempotency_conflict", operation="transfer", key="t"):
-                ledger.transfer_credits("ann", **{"to_account_id": "bob", "amount": 30, "key": "t", **change})
+                ledger.transfer_credits("alpha", **{"to_account_id": "beta", "amount": 30, "key": "t", **change})
 
 
 def test_a_key_belongs_to_the_giver(ledger: Ledger) -> None:
-    ledger.transfer_credits("ann", "bob", 30, key="t")
-    assert not ledger.transfer_credits("bob", "ann", 30, key="t").replayed
-    assert ledger.available("ann") == 100
+    ledger.transfer_credits("alpha", "beta", 30, key="t")
+    assert not ledger.transfer_credits("beta", "alpha", 30, key="t").replayed
+    assert ledger.available("alpha") == 100
 
 
 @pytest.mark.parametrize(
     ("account_id", "status", "code"),
-    [("ann", "frozen", "account_frozen"), ("ann", "closed", "account_closed"), ("bob", "closed", "account_closed")],
+    [
+        ("alpha", "frozen", "account_frozen"),
+        ("alpha", "closed", "account_closed"),
+        ("beta", "closed", "account_closed"),
+    ],
 )
 def test_an_account_that_may_not_give_or_take_is_refused(
     ledger: Ledger, account_id: str, status: str, code: str
 ) -> None:
     ledger.change("update credits.accounts set status = %s where account_id = %s", status, account_id)
     with ledger.unchanged(), refused(423, code, account_id=account_id):
-        ledger.transfer_credits("ann", "bob", 5, key="t")
+        ledger.transfer_credits("alpha", "beta", 5, key="t")
 
 
 def test_a_frozen_account_may_take(ledger: Ledger) -> None:
-    ledger.freeze_account("bob")
-    ledger.transfer_credits("ann", "bob", 5, key="t")
-    assert ledger.available("bob") == 5
+    ledger.freeze_account("beta")
+    ledger.transfer_credits("alpha", "beta", 5, key="t")
+    assert ledger.available("beta") == 5
 
 
 def test_a_transfer_books_what_is_due_on_both_sides(ledger: Ledger) -> None:
-    ledger.grant(7, "bob", expires_at=NOON + HOUR)
-    ledger.grant(8, "ann", expires_at=NOON + HOUR)
+    ledger.grant(7, "beta", expires_at=NOON + HOUR)
+    ledger.grant(8, "alpha", expires_at=NOON + HOUR)
     ledger.now = NOON + HOUR
-    ledger.transfer_credits("ann", "bob", 100, key="t")
-    assert (ledger.sums("ann"), ledger.sums("bob")) == ((0, 0, 0, 0), (100, 0, 100, 0))
-    assert ("expire", -7) in ledger.kinds("bob")
+    ledger.transfer_credits("alpha", "beta", 100, key="t")
+    assert (ledger.sums("alpha"), ledger.sums("beta")) == ((0, 0, 0, 0), (100, 0, 100, 0))
+    assert ("expire", -7) in ledger.kinds("beta")
