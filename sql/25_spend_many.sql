@@ -22,9 +22,16 @@ begin
   perform credits._spend_together(v_requests);
   return query
     select a.*
-      from unnest(v_requests) r,
-           lateral credits._spend_answer(r) a
-     order by r.position;
+      from (select r.position, r.account_id, r.key, 200, null::text, null::jsonb, e.entry_seq, e.amount,
+                   e.balance_after, e.available_after, false
+              from unnest(v_requests) r
+              join credits.entries e on e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key
+             where r.simple
+            union all
+            select o.*
+              from unnest(v_requests) r, lateral credits._spend_alone(r) o
+             where not r.simple) a
+     order by 1;
 end $$;
 comment on function credits.spend_many(jsonb) is
 'Uses credits for many requests in one transaction, one result per request, in their order.
@@ -180,36 +187,25 @@ as $$
    where b.account_id = c.account_id and c.is_last
 $$;
 
-create or replace function credits._spend_answer(request credits.spend_request)
+create or replace function credits._spend_alone(request credits.spend_request)
 returns credits.spend_many_result
 language plpgsql
 as $$
 declare
-  v_entry   credits.entries;
+  v_request credits.spend_request := _spend_alone.request;
   v_result  credits.entry_result;
   v_code    text;
   v_detail  text;
 begin
-  if (_spend_answer.request).simple then
-    select e.* into v_entry
-      from credits.entries e
-     where e.account_id = (_spend_answer.request).account_id and e.operation = 'spend'
-       and e.key = (_spend_answer.request).key;
-    v_result := credits._entry_result(v_entry, false);
-  else
-    v_result := credits.spend((_spend_answer.request).account_id, (_spend_answer.request).amount,
-      (_spend_answer.request).description, (_spend_answer.request).subject, (_spend_answer.request).member_id,
-      (_spend_answer.request).capability, (_spend_answer.request).key, (_spend_answer.request).metadata);
-  end if;
-  return row((_spend_answer.request).position, v_result.account_id, (_spend_answer.request).key, 200, null, null,
-             v_result.entry_seq, v_result.amount, v_result.balance, v_result.available, v_result.replayed
-           )::credits.spend_many_result;
+  v_result := credits.spend(v_request.account_id, v_request.amount, v_request.description, v_request.subject,
+    v_request.member_id, v_request.capability, v_request.key, v_request.metadata);
+  return row(v_request.position, v_result.account_id, v_request.key, 200, null, null, v_result.entry_seq,
+             v_result.amount, v_result.balance, v_result.available, v_result.replayed)::credits.spend_many_result;
 exception when others then
   if sqlstate not like 'PT%' then
     raise;
   end if;
   get stacked diagnostics v_code = message_text, v_detail = pg_exception_detail;
-  return row((_spend_answer.request).position, (_spend_answer.request).account_id, (_spend_answer.request).key,
-             substr(sqlstate, 3)::integer, v_code, v_detail::jsonb, null, null, null, null, null
-           )::credits.spend_many_result;
+  return row(v_request.position, v_request.account_id, v_request.key, substr(sqlstate, 3)::integer, v_code,
+             v_detail::jsonb, null, null, null, null, null)::credits.spend_many_result;
 end $$;
