@@ -93,9 +93,9 @@ as $$
              and credits._is_amount(r.amount) and r.amount > 0
              and coalesce(jsonb_typeof(r.metadata), 'object') = 'object'
              and count(*) over (partition by r.account_id, r.key) = 1
-             and not exists (select from credits.entries e
-                              where e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key) as ok
+             and e.entry_seq is null as ok
       from unnest(_mark_simple.requests) r
+      left join credits.entries e on e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key
   ), wanted as (
     select p.account_id, sum(p.amount) as total
       from plain p
@@ -106,8 +106,9 @@ as $$
       from wanted w
       join credits.accounts a on a.account_id = w.account_id and a.status = 'active'
       join credits.balances b on b.account_id = w.account_id and b.debt = 0
-     where w.total <= (select sum(g.remaining) from credits.grants g
-                        where g.account_id = w.account_id and g.status = 'active' and g.scope is null)
+      join credits.grants g on g.account_id = w.account_id and g.status = 'active' and g.scope is null
+     group by w.account_id, w.total
+    having w.total <= sum(g.remaining)
   )
   select coalesce(array_agg(row(r.position, r.account_id, r.amount, r.description, r.subject, r.member_id, r.capability,
            r.key, r.metadata, p.account_id is not null)::credits.spend_request order by r.position), '{}')
