@@ -1,0 +1,143 @@
+-- What has fallen due: grants that start or end, reservations that ran out.
+-- Keeps exact expiry: whoever locks an account first books it, whoever reads computes it, and both come to the same.
+
+-- Books what fell due, in the order in which it fell due, so that a late booking ends where a punctual one would.
+create or replace function credits._book_due(balance credits.balances)
+returns credits.balances
+language plpgsql
+as $$
+declare
+  v_now     timestamptz := credits.now();
+  v_balance credits.balances := _book_due.balance;
+  v_due     record;
+begin
+  for v_due in
+    select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as grant_id
+      from credits.reservations r
+     where r.account_id = v_balance.account_id and r.status = 'open'
+       and r.expires_at between v_balance.next_due_at and v_now
+    union all
+    select g.effective_at, 2, null, g.grant_id
+      from credits.grants g
+     where g.account_id = v_balance.account_id and g.status = 'pending' and g.effective_at <= v_now
+    union all
+    select g.expires_at, 3, null, g.grant_id
+      from credits.grants g
+     where g.account_id = v_balance.account_id and g.status in ('pending', 'active') and g.expires_at <= v_now
+    order by due_at, step, reservation_id, grant_id
+  loop
+    v_balance := case v_due.step
+      when 1 then credits._expire_reservation(v_balance.account_id, v_due.reservation_id, v_due.due_at)
+      when 2 then credits._start_grant(v_balance, v_due.grant_id, v_due.due_at)
+      else        credits._expire_grant(v_balance, v_due.grant_id) end;
+  end loop;
+
+  update credits.balances b
+     set next_due_at = credits._next_due_at(v_balance.account_id, v_now)
+   where b.account_id = v_balance.account_id
+  returning b.* into v_balance;
+  return v_balance;
+end $$;
+
+-- Reservations are looked at in the order of their deadlines, at most a hundred: the first open one, else the last of
+-- them, is early enough, and an account with a long tail of settled ones does not pay for it.
+create or replace function credits._next_due_at(
+  account_id text,
+  after      timestamptz
+)
+returns timestamptz
+language sql
+stable
+as $$
+  select least(
+    coalesce((select min(case when g.status = 'pending' then g.effective_at else g.expires_at end)
+                from credits.grants g
+               where g.account_id = _next_due_at.account_id and g.status in ('pending', 'active')), 'infinity'),
+    coalesce((select coalesce(min(r.expires_at) filter (where r.status = 'open'),
+                              max(r.expires_at) filter (where r.place = 100))
+                from (select t.expires_at, t.status, row_number() over (order by t.expires_at) as place
+                        from credits.reservations t
+                       where t.account_id = _next_due_at.account_id and t.expires_at > _next_due_at.after
+                       order by t.expires_at
+                       limit 100) r), 'infinity'))
+$$;
+
+-- What each lot would hold if everything due were booked at that moment. Debt is paid, in the order of time, by what
+-- became free; a lot whose time is over loses the rest.
+create or replace function credits._lots_at(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.lot
+language plpgsql
+stable
+as $$
+begin
+  return query
+    select g.grant_id, g.kind, g.scope, g.expires_at,
+           case when g.expires_at <= _lots_at.at then 0
+                else g.remaining + coalesce(f.returned, 0) - coalesce(f.paid, 0) end,
+           g.held - coalesce(f.returned, 0)
+      from credits.grants g
+      left join (select d.grant_id,
+                        sum(d.amount) filter (where d.returned) as returned,
+                        sum(d.paid)                             as paid
+                   from credits._freed_at(_lots_at.balance, _lots_at.at) d
+                  group by d.grant_id) f on f.grant_id = g.grant_id
+     where g.account_id = (_lots_at.balance).account_id
+       and g.effective_at <= _lots_at.at
+       and (g.status in ('pending', 'active') or g.held > 0);
+end $$;
+
+-- The credits that become free between the last booking and the moment, and the debt that each of them pays.
+create or replace function credits._freed_at(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.freed_slice
+language plpgsql
+stable
+as $$
+begin
+  if (_freed_at.balance).next_due_at > _freed_at.at then
+    return;
+  end if;
+  return query
+    with freed as (
+      select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as started, s.grant_id, s.amount,
+             true as returned
+        from credits.reservations r, unnest(r.grant_ids, r.grant_amounts) s (grant_id, amount)
+       where r.account_id = (_freed_at.balance).account_id and r.status = 'open'
+         and r.expires_at between (_freed_at.balance).next_due_at and _freed_at.at
+      union all
+      select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false
+        from credits.grants g
+       where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= _freed_at.at
+    )
+    select f.grant_id, f.amount, f.returned,
+           case when g.scope is null
+                then greatest(0, least(f.amount, (_freed_at.balance).debt - coalesce(sum(f.amount)
+                       filter (where g.scope is null) over (
+                         order by f.due_at, f.step, f.reservation_id, f.started, g.expires_at nulls last,
+                                  g.priority, g.effective_at, g.grant_id
+                         rows between unbounded preceding and 1 preceding), 0)))
+                else 0 end
+      from freed f
+      join credits.grants g on g.account_id = (_freed_at.balance).account_id and g.grant_id = f.grant_id;
+end $$;
+
+create or replace function credits._debt_at(
+  balance credits.balances,
+  at      timestamptz
+)
+returns numeric
+language plpgsql
+stable
+as $$
+begin
+  if (_debt_at.balance).debt = 0 or (_debt_at.balance).next_due_at > _debt_at.at then
+    return (_debt_at.balance).debt;
+  end if;
+  return (_debt_at.balance).debt
+         - coalesce((select sum(d.paid) from credits._freed_at(_debt_at.balance, _debt_at.at) d), 0);
+end $$;
