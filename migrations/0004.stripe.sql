@@ -63,7 +63,7 @@ comment on column credits.purchases.credits is 'Credits bought: frozen, later ch
 create table credits.stripe_facts (
   kind       text        not null,
   ref        text        not null,
-  account_id text        not null references credits.accounts,
+  account_id text        not null,
   created_at timestamptz not null,
   primary key (kind, ref)
 );
