@@ -118,7 +118,8 @@ as $$
     'Top up, or use less.')
 $$;
 
--- Consumed slices return to what remains of their grants.
+-- Consumed slices return to what remains of their grants. A grant that was exhausted had no end to look out for; it has
+-- one again.
 create or replace function credits._give_back(
   account_id text,
   slices     credits.slices
@@ -134,6 +135,11 @@ begin
            status    = 'active'
      where g.account_id = _give_back.account_id and g.grant_id = (_give_back.slices).grant_ids[v_place];
   end loop;
+  update credits.balances b
+     set next_due_at = least(b.next_due_at, (select min(g.expires_at) from credits.grants g
+                                              where g.account_id = _give_back.account_id
+                                                and g.grant_id = any ((_give_back.slices).grant_ids)))
+   where b.account_id = _give_back.account_id;
 end $$;
 
 -- After credits became free, at some moment: they pay the debt first, and what is left in a grant whose time was over by

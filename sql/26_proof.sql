@@ -104,6 +104,19 @@ begin
                   group by n.account_id) r on r.account_id = b.account_id
      where (_audit_ledger.account_id is null or b.account_id = _audit_ledger.account_id)
        and b.held <> coalesce(r.amount, 0);
+
+  return query
+    select 'nothing_falls_due_unseen', b.account_id, jsonb_build_object('next_due_at', b.next_due_at, 'due_at', min(d.due_at))
+      from credits.balances b
+      join (select g.account_id, case g.status when 'pending' then g.effective_at else g.expires_at end as due_at
+              from credits.grants g
+             where g.status = 'pending' or (g.status = 'active' and g.remaining > 0)
+            union all
+            select r.account_id, r.expires_at from credits.reservations r where r.status = 'open') d
+        on d.account_id = b.account_id
+     where (_audit_ledger.account_id is null or b.account_id = _audit_ledger.account_id)
+     group by b.account_id
+    having b.next_due_at > min(d.due_at);
 end $$;
 
 -- Numbers without a gap, running sums, and the hash chain up to the head.

@@ -271,7 +271,8 @@ language plpgsql
 as $$
 begin
   return credits._return_hold(
-    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired', at => _expire_reservation.at);
+    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired',
+    at => _expire_reservation.at);
 end $$;
 
 -- The reservation is the stored result of the call that closes it.
@@ -316,22 +317,28 @@ create or replace function credits._reserve_result(
   replayed boolean
 )
 returns credits.reserve_result
-language sql
+language plpgsql
 stable
 as $$
-  select row((_reserve_result.hold).reservation_id, (_reserve_result.hold).account_id, (_reserve_result.hold).amount, (_reserve_result.hold).created_at + (_reserve_result.hold).ttl,
-             (_reserve_result.hold).available_after, _reserve_result.replayed)::credits.reserve_result
-$$;
+declare
+  v_hold credits.reservations := _reserve_result.hold;
+begin
+  return row(v_hold.reservation_id, v_hold.account_id, v_hold.amount, v_hold.created_at + v_hold.ttl,
+             v_hold.available_after, _reserve_result.replayed)::credits.reserve_result;
+end $$;
 
 create or replace function credits._reservation_result(hold credits.reservations)
 returns credits.reservation_result
-language sql
+language plpgsql
 stable
 as $$
-  select row((_reservation_result.hold).reservation_id, (_reservation_result.hold).account_id, (_reservation_result.hold).status, (_reservation_result.hold).amount, (_reservation_result.hold).captured,
-             (_reservation_result.hold).amount - (_reservation_result.hold).captured, (_reservation_result.hold).expires_at, b.available)::credits.reservation_result
-    from credits.get_balance((_reservation_result.hold).account_id) b
-$$;
+declare
+  v_hold credits.reservations := _reservation_result.hold;
+begin
+  return row(v_hold.reservation_id, v_hold.account_id, v_hold.status, v_hold.amount, v_hold.captured,
+             v_hold.amount - v_hold.captured, v_hold.expires_at,
+             (credits.get_balance(v_hold.account_id)).available)::credits.reservation_result;
+end $$;
 
 create or replace function credits._settle_result(
   hold     credits.reservations,

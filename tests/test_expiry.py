@@ -268,3 +268,16 @@ def test_late_booking_writes_the_entries_that_punctual_booking_writes(ledger: Le
         ledger.book("punctual")
     ledger.book("late")
     assert ledger.kinds("late") == ledger.kinds("punctual")
+
+
+def test_credits_that_return_to_an_exhausted_grant_still_expire(ledger: Ledger) -> None:
+    ledger.open("late")
+    ledger.grant(10, "late", expires_at=NOON + DAY)
+    ledger.use(10, "late", key="s")
+    ledger.grant(1, "late", expires_at=NOON + HOUR)
+    ledger.now = NOON + HOUR
+    ledger.book("late")  # nothing is live now, so nothing more would fall due
+    ledger.refund_spend("late", "s", key="f")
+    ledger.now = NOON + DAY
+    with refused(402, "insufficient_credits"):
+        ledger.use(5, "late")

@@ -193,6 +193,7 @@ TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the
     (LOT, lots("owed = owed + 1", "revoked + owed < amount")),
     (LOT, lots("remaining = remaining - 1, held = held + 1", "remaining > 1")),
     (LOT, hold("grant_amounts = array[grant_amounts[1] + 1]")),
+    ("nothing_falls_due_unseen", "update credits.balances set next_due_at = 'infinity' where account_id = 'alpha'"),
 ]  # fmt: skip
 
 STRAY = "entries_and_reservations_have_an_account"
