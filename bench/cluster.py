@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 from psycopg import Connection, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from stream import Shape, steps
 
 from pgcredits import embedded, migrate
 
@@ -156,6 +157,30 @@ def prepare(database: Database, accounts: int, home: Path) -> None:
             " select 'acct_' || n, -i, -1, 3000000000 + i from generate_series(1, %s) i, generate_series(1, %s) n",
             [past, accounts],
         )
+    _vacuum(database)
+
+
+def prepare_stream(database: Database, accounts: int) -> None:
+    """Lay out the stream of events, and apply what went before it."""
+    shapes: tuple[Shape, Shape] = ("old", "new")
+    with database.connect(None) as conn, database.connect() as service:
+        for step in steps("new", "catalogue"):
+            service.execute("select credits.receive_stripe_event('bench', %s)", [step.payload])
+        for parity, shape in enumerate(shapes):
+            for step in steps(shape, "past"):
+                service.execute(
+                    "select credits.receive_stripe_event('bench', floor.event_of(%s, n, %s))"
+                    " from generate_series(%s::bigint, %s, 2) n",
+                    [step.payload, accounts, parity, (accounts - 1) // 2],
+                )
+            for number, step in enumerate(steps(shape, "present")):
+                conn.execute("insert into floor.stream values (%s, %s, %s, %s)", [shape, number, *step])
+        for _ in range(len(steps("new", "present")) ** 2 // 2):  # until a pair is at every step
+            service.execute("select floor.apply_next(%s)", [accounts])
+    _vacuum(database)
+
+
+def _vacuum(database: Database) -> None:
     for role in (None, "credits_owner"):
         with database.connect(role) as conn:
             conn.execute("set client_min_messages = error")  # of tables that are not this role's own

@@ -14,6 +14,9 @@ VERBS = {
     "spend_many": "select * from credits.spend_many((select jsonb_agg(jsonb_build_object("
     "'account_id', 'acct_' || i, 'amount', 1, 'key', 'plan_{n}_' || i)) from generate_series(1, 100) i))",
 }
+EVENTS = ("customer.subscription.updated", "invoice.paid", "charge.succeeded", "refund.created")
+EVENT = """select credits.receive_stripe_event('plan', floor.event_of(s.payload, 1000000 + {{n}}, 100))
+  from (select s.payload from floor.stream s where s.shape = 'new' and s.name = '{event}' order by s.step limit 1) s"""
 WARM = 10  # after five calls PL/pgSQL decides whether a plan may be generic
 SWITCHES = ("log_analyze", "log_buffers", "log_wal", "log_timing", "log_nested_statements")
 
@@ -29,7 +32,7 @@ def explain(database: Database) -> str:
             conn.execute("set auto_explain.log_level = 'notice'")
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedFile) as error:
             raise BenchError(f"auto_explain cannot be loaded here: {error}") from error
-        for verb, call in VERBS.items():
+        for verb, call in (VERBS | {event: EVENT.format(event=event) for event in EVENTS}).items():
             for n in range(1, WARM + 1):
                 conn.execute(call.format(n=n).encode())
             parts += [f"\n{'=' * 100}\n{verb}: {call.format(n=WARM + 1)}\n{'=' * 100}\n", *_caught(conn, call)]

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import psycopg
 import typer
-from cluster import BenchError, Database, find_install, given, prepare, private, settings
+from cluster import BenchError, Database, find_install, given, prepare, prepare_stream, private, settings
 from measure import BATCH, Bench, Cell, Operation
 from plans import explain
-from report import Report, machine
+from report import Report, Timing, machine
 from rich.console import Console
 
 from pgcredits import embedded, migrate
@@ -26,11 +26,20 @@ SPEND = Operation("spend", "spend.sql", goal=0.5)
 PAIR = Operation("reserve + settle", "reserve_settle.sql", goal=0.28)
 READ = Operation("get_balance", "get_balance.sql")
 PURCHASE = Operation("Stripe purchase", "purchase.sql")
+EVENTS = Operation("Stripe events, mixed stream", "stripe_events.sql")
 MANY = Operation(f"spend_many of {BATCH}", "spend_many.sql", against="spend", goal=8, makes=BATCH)
-GROUPS = ("all", "hot", "many", "other", "chain")
+GROUPS = ("all", "hot", "many", "other", "events", "chain")
 CHAIN = ("_entry_hash", "_next_hash", "_entry_text")
 CONSTANTS = {"bytea": "\\x00", "text": ""}
 TABLES = ("balances", "grants", "reservations")
+STREAMS = 8  # clients at most that deliver events
+TIMINGS = """
+select coalesce(t.name, ''), count(*), percentile_cont(0.5) within group (order by t.ms),
+       percentile_cont(0.99) within group (order by t.ms)
+  from floor.timings t
+ group by rollup (t.name)
+ order by t.name nulls first
+"""
 
 
 def measure(bench: Bench, groups: list[str], clients: list[int]) -> list[Cell]:
@@ -46,6 +55,26 @@ def measure(bench: Bench, groups: list[str], clients: list[int]) -> list[Cell]:
     for number in clients if "other" in groups else []:
         cells += bench.alternate(FLOOR, [READ, PURCHASE], number)
     return cells
+
+
+def measure_events(bench: Bench, clients: list[int]) -> tuple[list[Cell], list[Timing], list[str]]:
+    """The stream of events; how long each type takes, with the fewest clients; and what was not applied."""
+    cells: list[Cell] = []
+    timings: list[Timing] = []
+    wrong: list[str] = []
+    bench.said("laying out the stream of Stripe events")
+    prepare_stream(bench.database, bench.accounts)
+    with bench.database.connect(None) as owner:
+        for number in [number for number in clients if number <= STREAMS]:
+            owner.execute("truncate floor.timings")
+            cells += bench.alternate(FLOOR, [EVENTS], number)
+            found = owner.execute(TIMINGS).fetchall()
+            timings += [Timing(number, *row) for row in (found if number == min(clients) else found[:1])]
+            others = owner.execute(
+                "select name, outcome, count(*) from floor.timings where outcome <> 'applied' group by 1, 2"
+            )
+            wrong += [f"{name} {outcome} {times} times" for name, outcome, times in others]
+    return cells, timings, wrong
 
 
 def measure_chain(bench: Bench, clients: list[int]) -> tuple[list[Cell], list[str]]:
@@ -118,6 +147,7 @@ def main(
         status.update(f"installing pgcredits, filling {accounts:,} accounts")
         prepare(database, accounts, home)
         if plans:
+            prepare_stream(database, accounts)
             plans.write_text(explain(database))
             console.print(f"The plans are in {plans}")
             return
@@ -126,9 +156,10 @@ def main(
             before = hot_updates(admin)
             cells = measure(bench, groups, numbers)
             after = hot_updates(admin)
+            event_cells, timings, wrong = measure_events(bench, numbers) if "events" in groups else ([], [], [])
             status.update("audit()")
             with database.connect() as conn:
-                wrong = [str(row) for row in conn.execute("select a from credits.audit() a limit 20").fetchall()]
+                wrong += [str(row) for row in conn.execute("select a from credits.audit() a limit 20").fetchall()]
             chain_cells, chain = measure_chain(bench, numbers) if "chain" in groups else ([], [])
             report = Report(
                 machine(),
@@ -139,7 +170,8 @@ def main(
                     f" {rounds} x {seconds} s a line after {warmup} s of warm-up, a checkpoint before each group."
                     " Latencies are of a whole script: of both calls of a pair, of one batch of spend_many",
                 },
-                cells + chain_cells,
+                cells + event_cells + chain_cells,
+                timings,
                 {name: (after[name][0] - before[name][0], after[name][1] - before[name][1]) for name in TABLES},
                 wrong,
                 chain,

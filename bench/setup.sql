@@ -55,5 +55,60 @@ as $$
 }', '<session>', session::text), '<account>', account::text)
 $$;
 
+-- The stream of Stripe's events, of stream.py. At any time as many pairs of customers are under way as there are steps, each
+-- at another one, so that any stretch of the stream is the same mixture, and two events of one account are far apart.
+-- timings holds how long each took inside the database, without the commit.
+create table floor.stream (
+  shape   text,
+  step    integer,
+  name    text not null,
+  payload text not null,
+  primary key (shape, step)
+);
+create unlogged table floor.timings (
+  name    text,
+  outcome text,
+  ms      float
+);
+create sequence floor.position minvalue 0 start 0;
+
+create function floor.event_of(payload text, pair bigint, accounts bigint)
+returns text
+language sql
+immutable
+as $$
+  select replace(replace(replace(payload, '<n>', pair::text), '<old>', 'acct_' || 2 * pair % accounts + 1),
+                 '<new>', 'acct_' || (2 * pair + 1) % accounts + 1)
+$$;
+
+create function floor.apply_next(accounts bigint)
+returns text
+language plpgsql
+as $$
+declare
+  v_steps    bigint := (select count(*) from floor.stream s where s.shape = 'new');
+  v_position bigint;
+  v_pair     bigint;
+  v_name     text;
+  v_payload  text;
+  v_started  timestamptz;
+  v_outcome  text;
+begin
+  loop
+    v_position := nextval('floor.position');
+    v_pair     := v_position / v_steps - v_position % v_steps;
+    select s.name, s.payload into v_name, v_payload
+      from floor.stream s
+     where s.shape = case v_pair % 2 when 0 then 'old' else 'new' end and s.step = v_position % v_steps;
+    exit when found and v_pair >= 0;
+  end loop;
+  v_payload := floor.event_of(v_payload, v_pair, accounts);
+  v_started := clock_timestamp();
+  v_outcome := (credits.receive_stripe_event('bench', v_payload)).outcome;
+  insert into floor.timings values (v_name, v_outcome, 1000 * extract(epoch from clock_timestamp() - v_started));
+  return v_outcome;
+end $$;
+
 grant usage on schema floor to credits_service;
 grant select, insert, update on all tables in schema floor to credits_service;
+grant usage on sequence floor.position to credits_service;

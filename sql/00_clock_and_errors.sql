@@ -53,6 +53,21 @@ as $$
   select amount >= 0 and amount < 1e12 and amount = round(amount, 6)
 $$;
 
+-- What a verb that moves credits is given: an amount above zero, a key, and perhaps metadata.
+create or replace function credits._is_request(
+  amount   numeric,
+  key      text,
+  metadata jsonb
+)
+returns boolean
+language sql
+immutable
+as $$
+  select credits._is_amount(_is_request.amount) and _is_request.amount > 0
+         and _is_request.key <> '' and length(_is_request.key) <= 255
+         and coalesce(jsonb_typeof(_is_request.metadata), 'object') = 'object'
+$$;
+
 create or replace function credits._check_amount(
   amount numeric,
   zero   boolean default false

@@ -48,11 +48,15 @@ begin
 
   insert into credits.balances (account_id, hash)
   values (open_account.account_id, sha256(convert_to(open_account.account_id, 'UTF8')));
-  perform credits._grant_plan_credits(open_account.account_id, open_account.plan, v_now);
+  if open_account.plan is not null then
+    perform credits._start_internal(open_account.account_id, open_account.plan, 'open_account');
+    perform credits._refresh_plan(open_account.account_id);
+  end if;
+  perform credits._wake('account:' || open_account.account_id);
   return credits._account_result(v_account, false);
 end $$;
 comment on function credits.open_account(text, text, text, text, jsonb) is
-'Opens an account, once, and grants the first month of its plan.
+'Opens an account, once, and starts its plan.
 
 account_id is the product''s own key of a user or an organisation (1 to 200 characters), kind is user or organization.
 Opening it again returns the account as it is, marked replayed, as long as the arguments that are given are those of the
@@ -147,7 +151,8 @@ begin
          trim_scale(t.balance),
          trim_scale(v_debt),
          v_account.status,
-         v_account.plan,
+         case when v_balance.next_due_at > v_now then v_account.plan
+              else credits._plan_at(v_account, v_now) end,
          n.expires_at,
          trim_scale(n.amount),
          coalesce((select jsonb_object_agg(k.kind, trim_scale(k.live))
@@ -159,7 +164,9 @@ begin
                             group by u.capability) c), '{}'),
          trim_scale(coalesce((select sum(g.remaining) from credits.grants g
                                where g.account_id = get_balance.account_id
-                                 and g.status = 'pending' and g.effective_at > v_now), 0)),
+                                 and g.status = 'pending' and g.effective_at > v_now
+                                 and not exists (select from credits.plan_grants p
+                                                  where p.account_id = g.account_id and p.grant_id = g.grant_id)), 0)),
          v_balance.entry_seq
     into v_result
     from totals t left join next_expiry n on true;
@@ -170,7 +177,8 @@ comment on function credits.get_balance(text) is
 
 available is what can be spent now: balance - held - debt, without the credits that are scoped to capabilities. It is
 negative while there is debt. balance counts credits that are effective and not expired, exactly, however late the jobs
-run. by_kind splits balance by kind of grant, scoped shows the free credits of each capability, pending what starts later.
+run. by_kind splits balance by kind of grant, scoped shows the free credits of each capability, pending what starts later, but for
+the coming months of a plan.
 Errors: 400 invalid_request, 404 account_not_found.';
 
 create or replace function credits.balance_at(
@@ -291,6 +299,7 @@ begin
                          else a.settings || jsonb_build_object('status_reason', _set_account_status.reason) end
    where a.account_id = _set_account_status.account_id
   returning a.* into v_account;
+  update credits.balances b set status = v_account.status where b.account_id = v_account.account_id;
   return credits._account_result(v_account, false);
 end $$;
 
@@ -314,6 +323,16 @@ begin
   end if;
   return v_balance;
 end $$;
+
+-- Whether credits can move in one statement, without a look at anything else: nothing is due, nothing is owed, and what
+-- is free is balance - held. The verbs ask while they lock the row; whatever else there is goes the general way.
+create or replace function credits._is_plain(balance credits.balances)
+returns boolean
+language sql
+as $$
+  select (_is_plain.balance).next_due_at > credits.now() and (_is_plain.balance).debt = 0
+         and not (_is_plain.balance).has_scoped
+$$;
 
 -- The row as it is now, for whoever holds its lock.
 create or replace function credits._balance(account_id text)
@@ -339,20 +358,3 @@ begin
     perform credits._fail_status(_check_open.account_id, 'closed');
   end if;
 end $$;
-
--- Plans allot their credits a month at a time; these expire when the month ends.
-create or replace function credits._grant_plan_credits(
-  account_id text,
-  plan       text,
-  start_at   timestamptz
-)
-returns void
-language sql
-as $$
-  select credits._grant(_grant_plan_credits.account_id, p.monthly_credits, 'plan',
-           expires_at  => (_grant_plan_credits.start_at at time zone 'UTC' + interval '1 month') at time zone 'UTC',
-           description => p.name,
-           source      => 'plan:' || p.code)
-    from credits.plans p
-   where p.code = _grant_plan_credits.plan and p.monthly_credits > 0
-$$;

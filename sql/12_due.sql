@@ -1,7 +1,8 @@
 -- What has fallen due: grants that start or end, reservations that ran out.
 -- Keeps exact expiry: whoever locks an account first books it, whoever reads computes it, and both come to the same.
 
--- Books what fell due, in the order in which it fell due, so that a late booking ends where a punctual one would.
+-- Books what fell due, in the order in which it fell due, so that a late booking ends where a punctual one would. What
+-- is booked may bring more that is due: the next month of a plan.
 create or replace function credits._book_due(balance credits.balances)
 returns credits.balances
 language plpgsql
@@ -9,34 +10,65 @@ as $$
 declare
   v_now     timestamptz := credits.now();
   v_balance credits.balances := _book_due.balance;
-  v_due     record;
+  v_until   timestamptz;
+begin
+  while v_balance.next_due_at <= v_now loop
+    v_until := credits._book_until(v_balance, v_now);
+    update credits.balances b
+       set next_due_at = credits._next_due_at(b.account_id, v_until)
+     where b.account_id = v_balance.account_id
+    returning b.* into v_balance;
+  end loop;
+  return v_balance;
+end $$;
+
+-- Up to a moment, or to the first one at which a plan has turned: then there may be more to book before what comes next.
+create or replace function credits._book_until(
+  balance credits.balances,
+  at      timestamptz
+)
+returns timestamptz
+language plpgsql
+as $$
+declare
+  v_account_id text := (_book_until.balance).account_id;
+  v_due        record;
+  v_turned     timestamptz;
 begin
   for v_due in
     select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as grant_id
       from credits.reservations r
-     where r.account_id = v_balance.account_id and r.status = 'open'
-       and r.expires_at between v_balance.next_due_at and v_now
+     where r.account_id = v_account_id and r.status = 'open'
+       and r.expires_at between (_book_until.balance).next_due_at and _book_until.at
     union all
     select g.effective_at, 2, null, g.grant_id
       from credits.grants g
-     where g.account_id = v_balance.account_id and g.status = 'pending' and g.effective_at <= v_now
+     where g.account_id = v_account_id and g.status = 'pending' and g.effective_at <= _book_until.at
     union all
     select g.expires_at, 3, null, g.grant_id
       from credits.grants g
-     where g.account_id = v_balance.account_id and g.status in ('pending', 'active') and g.expires_at <= v_now
+     where g.account_id = v_account_id and g.status in ('pending', 'active') and g.expires_at <= _book_until.at
+    union all
+    select credits._next_turn(v_account_id), 4, null, null
+     where credits._next_turn(v_account_id) <= _book_until.at
     order by due_at, step, reservation_id, grant_id
   loop
-    v_balance := case v_due.step
-      when 1 then credits._expire_reservation(v_balance.account_id, v_due.reservation_id, v_due.due_at)
-      when 2 then credits._start_grant(v_balance, v_due.grant_id, v_due.due_at)
-      else        credits._expire_grant(v_balance, v_due.grant_id) end;
+    exit when v_due.due_at > v_turned;
+    if v_due.step = 1 then
+      perform credits._expire_reservation(v_account_id, v_due.reservation_id, v_due.due_at);
+    elsif v_due.step = 2 then
+      perform credits._start_grant(credits._balance(v_account_id), v_due.grant_id, v_due.due_at);
+      if credits._after_turn(v_account_id, v_due.grant_id, v_due.due_at) then
+        v_turned := v_due.due_at;
+      end if;
+    elsif v_due.step = 3 then
+      perform credits._expire_grant(credits._balance(v_account_id), v_due.grant_id);
+    else
+      perform credits._refresh_plan(v_account_id, v_due.due_at);
+      v_turned := v_due.due_at;
+    end if;
   end loop;
-
-  update credits.balances b
-     set next_due_at = credits._next_due_at(v_balance.account_id, v_now)
-   where b.account_id = v_balance.account_id
-  returning b.* into v_balance;
-  return v_balance;
+  return coalesce(v_turned, _book_until.at);
 end $$;
 
 -- Reservations are looked at in the order of their deadlines, at most a hundred: the first open one, else the last of
@@ -59,7 +91,8 @@ as $$
                         from credits.reservations t
                        where t.account_id = _next_due_at.account_id and t.expires_at > _next_due_at.after
                        order by t.expires_at
-                       limit 100) r), 'infinity'))
+                       limit 100) r), 'infinity'),
+    coalesce(credits._next_turn(_next_due_at.account_id), 'infinity'))
 $$;
 
 -- What each lot would hold if everything due were booked at that moment. Debt is paid, in the order of time, by what
@@ -86,7 +119,34 @@ begin
                   group by d.grant_id) f on f.grant_id = g.grant_id
      where g.account_id = (_lots_at.balance).account_id
        and g.effective_at <= _lots_at.at
-       and (g.status in ('pending', 'active') or g.held > 0);
+       and (g.status in ('pending', 'active') or g.held > 0)
+    union all
+    select null, m.kind, m.scope, m.expires_at, m.remaining - least(m.remaining, credits._debt_left(_lots_at.balance, _lots_at.at)),
+           m.held
+      from credits._silent_month(_lots_at.balance, _lots_at.at) m;
+end $$;
+
+-- The present months of an account's plans that nobody has booked: only the next one is there as a pending grant, and an
+-- account may have been silent for longer.
+create or replace function credits._silent_month(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.lot
+language plpgsql
+stable
+as $$
+begin
+  if (_silent_month.balance).next_due_at > _silent_month.at then
+    return;
+  end if;
+  return query
+    select null::bigint, 'plan'::credits.grant_kind, null::text[], max(w.period_end), sum(w.amount), 0::numeric
+      from credits._wanted_slices((_silent_month.balance).account_id, _silent_month.at) w
+     where w.period_start <= _silent_month.at
+       and not exists (select from credits.grants g
+                        where g.account_id = (_silent_month.balance).account_id and g.key = w.key)
+    having count(*) > 0;
 end $$;
 
 -- The credits that become free between the last booking and the moment, and the debt that each of them pays.
@@ -134,10 +194,29 @@ returns numeric
 language plpgsql
 stable
 as $$
+declare
+  v_debt numeric := credits._debt_left(_debt_at.balance, _debt_at.at);
 begin
-  if (_debt_at.balance).debt = 0 or (_debt_at.balance).next_due_at > _debt_at.at then
-    return (_debt_at.balance).debt;
+  if v_debt = 0 or (_debt_at.balance).next_due_at > _debt_at.at then
+    return v_debt;
   end if;
-  return (_debt_at.balance).debt
-         - coalesce((select sum(d.paid) from credits._freed_at(_debt_at.balance, _debt_at.at) d), 0);
+  return v_debt - coalesce((select least(m.remaining, v_debt) from credits._silent_month(_debt_at.balance, _debt_at.at) m), 0);
+end $$;
+
+-- The debt after what became free, and the months that have come and gone unseen, have paid of it.
+create or replace function credits._debt_left(
+  balance credits.balances,
+  at      timestamptz
+)
+returns numeric
+language plpgsql
+stable
+as $$
+begin
+  if (_debt_left.balance).debt = 0 or (_debt_left.balance).next_due_at > _debt_left.at then
+    return (_debt_left.balance).debt;
+  end if;
+  return greatest(0, (_debt_left.balance).debt
+    - coalesce((select sum(d.paid) from credits._freed_at(_debt_left.balance, _debt_left.at) d), 0)
+    - credits._missed_months((_debt_left.balance).account_id, _debt_left.at));
 end $$;

@@ -1,22 +1,25 @@
--- The ledger: the chart of accounts, the entries and their chain of hashes. Entries are written by _post(),
--- and for many requests at once by _spend_together() of 25_spend_many.sql.
+-- The ledger: the chart of accounts, the entries and their chain of hashes. Entries are written by _post(), by spend()
+-- and settle() where one statement does all, and by _spend_together() of 25_spend_many.sql for many requests at once.
 -- Keeps: invariants 1 to 3 and 6 (sums, numbers, identity of a lot, one use of a key). Lock order: see 10_accounts.sql.
 
 -- The chart of accounts. Every kind touches the customer's credits or debt on one side, which gives it its sign.
 with listed (kind, debit, credit, summary) as (values
-  ('grant',        'issued',           'customer_credits', 'Credits came in.'),
-  ('spend',        'customer_credits', 'used',             'Credits were used at once.'),
-  ('capture',      'customer_credits', 'used',             'A part of a reservation was used.'),
-  ('settle',       'customer_credits', 'used',             'The last part of a reservation was used.'),
-  ('overdraft',    'customer_debt',    'used',             'A reservation used more than there was, on credit.'),
-  ('refund',       'used',             'customer_credits', 'Used credits were given back.'),
-  ('expire',       'customer_credits', 'breakage',         'Credits ran out of time.'),
-  ('revoke',       'customer_credits', 'clawed_back',      'Granted credits were taken back.'),
-  ('clawback',     'customer_debt',    'clawed_back',      'Granted credits were to be taken back, but were used.'),
-  ('debt_paid',    'customer_credits', 'customer_debt',    'Credits paid a debt.'),
-  ('transfer_out', 'customer_credits', 'transfers',        'Credits were given to another account.'),
-  ('transfer_in',  'transfers',        'customer_credits', 'Credits came from another account.'),
-  ('adjust',       'adjustments',      'customer_credits', 'An operator corrected the balance, up or down.')
+  ('grant',          'issued',           'customer_credits', 'Credits came in.'),
+  ('spend',          'customer_credits', 'used',             'Credits were used at once.'),
+  ('capture',        'customer_credits', 'used',             'A part of a reservation was used.'),
+  ('settle',         'customer_credits', 'used',             'The last part of a reservation was used.'),
+  ('overdraft',      'customer_debt',    'used',             'A reservation used more than there was, on credit.'),
+  ('refund',         'used',             'customer_credits', 'Used credits were given back.'),
+  ('expire',         'customer_credits', 'breakage',         'Credits ran out of time.'),
+  ('revoke',         'customer_credits', 'clawed_back',      'Granted credits were taken back.'),
+  ('clawback',       'customer_debt',    'clawed_back',      'Granted credits were to be taken back, but were used.'),
+  ('reinstate',      'clawed_back',      'customer_credits', 'Credits that had been taken back came again.'),
+  ('reinstate_debt', 'customer_debt',    'clawed_back',      'Debt of a clawback was let go of.'),
+  ('reinstate_paid', 'customer_debt',    'customer_credits', 'Credits that had paid a debt which is let go of came again.'),
+  ('debt_paid',      'customer_credits', 'customer_debt',    'Credits paid a debt.'),
+  ('transfer_out',   'customer_credits', 'transfers',        'Credits were given to another account.'),
+  ('transfer_in',    'transfers',        'customer_credits', 'Credits came from another account.'),
+  ('adjust',         'adjustments',      'customer_credits', 'An operator corrected the balance, up or down.')
 ), kept as (
   insert into credits.entry_kinds as k (kind, debit, credit, summary)
   select l.kind, l.debit, l.credit, l.summary from listed l
@@ -99,19 +102,21 @@ begin
   v_entry.debt            := coalesce(v_entry.debt, 0);
   v_entry.entry_seq       := v_balance.entry_seq + 1;
   v_entry.created_at      := credits.now();
-  v_entry.balance_after   := trim_scale(v_balance.balance + v_entry.amount);
-  v_entry.available_after := trim_scale(coalesce(v_slices.left_free, credits._free(v_entry.account_id))
+  v_balance.balance       := v_balance.balance + v_entry.amount;
+  v_balance.held          := v_balance.held + _post.held;
+  v_entry.balance_after   := trim_scale(v_balance.balance);
+  v_entry.available_after := trim_scale(coalesce(v_slices.left_free, credits._free(v_balance))
                                         - v_balance.debt - v_entry.debt);
   v_entry.grant_ids       := coalesce(v_slices.grant_ids, '{}');
   v_entry.grant_amounts   := coalesce(v_slices.amounts, '{}');
   v_entry.metadata        := coalesce(v_entry.metadata, '{}');
-  v_entry.hash            := credits._next_hash(null, v_balance.hash, credits._entry_text(v_entry));
+  v_entry.hash            := credits._entry_hash(v_balance.hash, v_entry);
 
   insert into credits.entries values (v_entry.*);
 
   update credits.balances b
      set balance   = v_entry.balance_after,
-         held      = v_balance.held + _post.held,
+         held      = v_balance.held,
          debt      = v_balance.debt + v_entry.debt,
          entry_seq = v_entry.entry_seq,
          hash      = v_entry.hash
@@ -119,16 +124,20 @@ begin
   return v_entry;
 end $$;
 
--- Credits without a scope that nothing holds.
-create or replace function credits._free(account_id text)
+-- Credits without a scope that nothing holds. The row tells how many there are, unless some grant has a scope.
+drop function if exists credits._free(text);
+create or replace function credits._free(balance credits.balances)
 returns numeric
 language plpgsql
 stable
 as $$
 begin
+  if not (_free.balance).has_scoped then
+    return (_free.balance).balance - (_free.balance).held;
+  end if;
   return coalesce((select sum(g.remaining)
                      from credits.grants g
-                    where g.account_id = _free.account_id and g.status = 'active' and g.scope is null), 0);
+                    where g.account_id = (_free.balance).account_id and g.status = 'active' and g.scope is null), 0);
 end $$;
 
 -- What the hash covers, in a form that any language can rebuild: money, order, time, and what an entry refers to. The two
@@ -154,6 +163,18 @@ as $$
            length(coalesce((_entry_text.entry).reservation_id, '')),
            coalesce((_entry_text.entry).reservation_id, ''),
            coalesce((_entry_text.entry).key, ''))
+$$;
+
+-- Inlined into the statement that calls it, like the text.
+create or replace function credits._entry_hash(
+  head  bytea,
+  entry credits.entries
+)
+returns bytea
+language sql
+stable
+as $$
+  select sha256(_entry_hash.head || convert_to(credits._entry_text(_entry_hash.entry), 'UTF8'))
 $$;
 
 -- The entry that a key has written, if it was the same call; a row of nulls if the key is new. Where the verb uses

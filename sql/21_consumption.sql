@@ -1,9 +1,25 @@
 -- Which grants pay, and what happens to credits that become free. All other files take and return credits through here.
 -- Keeps: the order of consumption, and that free credits pay a debt first. The caller holds the lock of the account.
 
--- Takes credits, up to an amount, in the order of consumption, which is here and in spend_many's window; the index
--- grants_live is built for it. They become consumed or held. The caller refuses if too few were taken, which undoes it.
--- A loop, since it was measured to cost less than window functions: mostly the first grant pays.
+-- The grants that can pay, in the order of consumption, which is here and in spend_many's window; the index grants_live is
+-- built for it. Part of the plan of whoever calls it.
+create or replace function credits._payers(
+  account_id text,
+  capability text
+)
+returns setof credits.lot
+language sql
+stable
+as $$
+  select g.grant_id, g.kind, g.scope, g.expires_at, g.remaining::numeric, g.held::numeric
+    from credits.grants g
+   where g.account_id = _payers.account_id and g.status = 'active' and g.remaining > 0
+     and (g.scope is null or _payers.capability = any (g.scope))
+   order by g.priority, g.expires_at, g.effective_at, g.grant_id
+$$;
+
+-- Takes credits, up to an amount. They become consumed or held. The caller refuses if too few were taken, which undoes it.
+-- A loop, since it was measured to cost less than window functions: mostly the first grants pay.
 create or replace function credits._take(
   account_id text,
   amount     numeric,
@@ -15,30 +31,20 @@ language plpgsql
 as $$
 declare
   v_open   numeric := _take.amount;
-  v_free   numeric := 0;
   v_use    numeric;
   v_lot    record;
   v_slices credits.slices;
 begin
   for v_lot in
-    select g.grant_id, g.remaining, g.scope
-      from credits.grants g
-     where g.account_id = _take.account_id and g.status = 'active' and g.remaining > 0
-     order by g.priority, g.expires_at, g.effective_at, g.grant_id
+    select p.grant_id, p.remaining from credits._payers(_take.account_id, _take.capability) p
   loop
-    if v_open > 0 and (v_lot.scope is null or _take.capability = any (v_lot.scope)) then
-      v_use  := least(v_open, v_lot.remaining);
-      v_open := v_open - v_use;
-      v_slices.grant_ids := v_slices.grant_ids || v_lot.grant_id;
-      v_slices.amounts   := v_slices.amounts || v_use;
-      v_lot.remaining    := v_lot.remaining - credits._consume(_take.account_id, v_lot.grant_id, v_use, _take.part);
-    end if;
-    if v_lot.scope is null then
-      v_free := v_free + v_lot.remaining;
-    end if;
+    v_use  := credits._consume(_take.account_id, v_lot.grant_id, least(v_open, v_lot.remaining), _take.part);
+    v_open := v_open - v_use;
+    v_slices.grant_ids := v_slices.grant_ids || v_lot.grant_id;
+    v_slices.amounts   := v_slices.amounts || v_use;
+    exit when v_open = 0;
   end loop;
-  v_slices.taken     := _take.amount - v_open;
-  v_slices.left_free := v_free;
+  v_slices.taken := _take.amount - v_open;
   return v_slices;
 end $$;
 
@@ -135,11 +141,22 @@ begin
            status    = 'active'
      where g.account_id = _give_back.account_id and g.grant_id = (_give_back.slices).grant_ids[v_place];
   end loop;
+  perform credits._expect_end(_give_back.account_id, (_give_back.slices).grant_ids);
+end $$;
+
+create or replace function credits._expect_end(
+  account_id text,
+  grant_ids  bigint[]
+)
+returns void
+language plpgsql
+as $$
+begin
   update credits.balances b
      set next_due_at = least(b.next_due_at, (select min(g.expires_at) from credits.grants g
-                                              where g.account_id = _give_back.account_id
-                                                and g.grant_id = any ((_give_back.slices).grant_ids)))
-   where b.account_id = _give_back.account_id;
+                                              where g.account_id = _expect_end.account_id
+                                                and g.grant_id = any (_expect_end.grant_ids)))
+   where b.account_id = _expect_end.account_id;
 end $$;
 
 -- After credits became free, at some moment: they pay the debt first, and what is left in a grant whose time was over by

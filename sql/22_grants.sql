@@ -28,6 +28,7 @@ declare
                         grant_credits.metadata);
 begin
   perform credits._check_key(grant_credits.key, 'key');
+  perform credits._lock_account(grant_credits.account_id);
   return credits._grant(
     account_id   => grant_credits.account_id,
     amount       => v_amount,
@@ -138,7 +139,8 @@ begin
 end $$;
 
 -- The one way in: public grants, plans, purchases. Replays by the grant's own key, since a grant that starts later has
--- no entry yet.
+-- no entry yet. The caller holds the lock of the account. as_of, a moment in the books, lets in what has ended since:
+-- it comes and expires.
 create or replace function credits._grant(
   account_id    text,
   amount        numeric,
@@ -153,15 +155,15 @@ create or replace function credits._grant(
   cost_currency text        default null,
   key           text        default null,
   fingerprint   jsonb       default null,
-  metadata      jsonb       default null
+  metadata      jsonb       default null,
+  as_of         timestamptz default null
 )
 returns credits.grant_result
 language plpgsql
 as $$
 declare
-  v_balance credits.balances := credits._lock_account(_grant.account_id);
-  v_now     timestamptz := credits.now();
-  v_grant   credits.grants;
+  v_now   timestamptz := credits.now();
+  v_grant credits.grants;
 begin
   select g.* into v_grant from credits.grants g where g.account_id = _grant.account_id and g.key = _grant.key;
   if found then
@@ -171,7 +173,7 @@ begin
 
   perform credits._check_metadata(_grant.metadata);
   perform credits._check_grant(_grant.kind, coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.scope);
-  if _grant.expires_at <= v_now then
+  if _grant.expires_at <= v_now and _grant.as_of is null then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'expires_at'),
       'A grant cannot have ended before it is made.');
   end if;
@@ -179,9 +181,9 @@ begin
 
   v_grant := credits._insert_grant(_grant.account_id, _grant.amount, _grant.kind,
     coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.priority, _grant.description, _grant.scope,
-    _grant.source, _grant.cost, _grant.cost_currency, _grant.key, _grant.fingerprint, _grant.metadata);
+    _grant.source, _grant.cost, _grant.cost_currency, _grant.key, _grant.fingerprint, _grant.metadata, _grant.as_of);
   if v_grant.status = 'active' then
-    perform credits._start_grant(v_balance, v_grant.grant_id);
+    perform credits._start_grant(credits._balance(_grant.account_id), v_grant.grant_id);
   end if;
   return credits._grant_result(v_grant, false);
 end $$;
@@ -200,7 +202,8 @@ create or replace function credits._insert_grant(
   cost_currency text        default null,
   key           text        default null,
   fingerprint   jsonb       default null,
-  metadata      jsonb       default null
+  metadata      jsonb       default null,
+  as_of         timestamptz default null
 )
 returns credits.grants
 language plpgsql
@@ -212,7 +215,7 @@ begin
   insert into credits.grants as g (account_id, kind, status, priority, amount, remaining, effective_at, expires_at,
     created_at, scope, source, cost, cost_currency, description, key, fingerprint, metadata)
   values (_insert_grant.account_id, _insert_grant.kind,
-    case when _insert_grant.effective_at <= v_now then 'active' else 'pending' end,
+    case when _insert_grant.effective_at <= coalesce(_insert_grant.as_of, v_now) then 'active' else 'pending' end,
     coalesce(_insert_grant.priority, credits._default_priority(_insert_grant.kind)),
     _insert_grant.amount, _insert_grant.amount, _insert_grant.effective_at, _insert_grant.expires_at, v_now,
     _insert_grant.scope, _insert_grant.source, _insert_grant.cost, _insert_grant.cost_currency,
@@ -221,9 +224,11 @@ begin
 
   update credits.balances b
      set next_due_at = least(b.next_due_at, v_grant.expires_at,
-                             case v_grant.status when 'pending' then v_grant.effective_at end)
+                             case v_grant.status when 'pending' then v_grant.effective_at end),
+         has_scoped  = b.has_scoped or v_grant.scope is not null
    where b.account_id = v_grant.account_id
-     and b.next_due_at > least(v_grant.expires_at, case v_grant.status when 'pending' then v_grant.effective_at end);
+     and (b.next_due_at > least(v_grant.expires_at, case v_grant.status when 'pending' then v_grant.effective_at end)
+          or v_grant.scope is not null);
   return v_grant;
 end $$;
 
@@ -283,6 +288,9 @@ begin
   v_entry.amount      := -v_grant.remaining;
   v_entry.description := v_grant.description;
   perform credits._post(_expire_grant.balance, v_entry, credits._slice(v_grant.grant_id, v_grant.remaining));
+  if v_grant.kind = 'plan' then
+    perform credits._after_turn(v_grant.account_id, v_grant.grant_id, v_grant.expires_at);
+  end if;
   return credits._balance(v_grant.account_id);
 end $$;
 

@@ -107,14 +107,16 @@ returns void
 language plpgsql
 as $$
 declare
-  v_entry credits.entries;
+  v_entry  credits.entries;
+  v_slices credits.slices := credits._slice((_post_early.lot).grant_id, _post_early.amount);
 begin
+  v_slices.left_free  := credits._free(_post_early.balance);  -- none of it is free before it starts
   v_entry.account_id  := (_post_early.balance).account_id;
   v_entry.kind        := 'grant';
   v_entry.operation   := 'grant';
   v_entry.amount      := _post_early.amount;
   v_entry.description := (_post_early.lot).description;
-  perform credits._post(_post_early.balance, v_entry, credits._slice((_post_early.lot).grant_id, _post_early.amount));
+  perform credits._post(_post_early.balance, v_entry, v_slices);
 end $$;
 
 -- The part of a clawback that was spent. It carries the key if no entry before it does.
@@ -138,6 +140,77 @@ begin
   v_entry.debt   := _post_clawback.debt;
   perform credits._post(credits._balance(v_entry.account_id), v_entry,
                         credits._slice(_post_clawback.grant_id, _post_clawback.debt));
+end $$;
+
+-- Undoes a part of a clawback on the grant that it came from: reinstate returns what was taken, reinstate_debt lets go of
+-- debt. The caller tidies.
+create or replace function credits._reinstate(
+  entry    credits.entries,
+  grant_id bigint,
+  kind     text,
+  amount   numeric
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_entry credits.entries := _reinstate.entry;
+  v_back  numeric := case _reinstate.kind when 'reinstate' then _reinstate.amount else 0 end;
+begin
+  update credits.grants g
+     set remaining = g.remaining + v_back,
+         revoked   = g.revoked - v_back,
+         owed      = g.owed - _reinstate.amount + v_back,
+         status    = case when v_back > 0 then 'active' else g.status end
+   where g.account_id = v_entry.account_id and g.grant_id = _reinstate.grant_id;
+  perform credits._expect_end(v_entry.account_id, array[_reinstate.grant_id]);
+  v_entry.kind   := _reinstate.kind;
+  v_entry.amount := v_back;
+  v_entry.debt   := v_back - _reinstate.amount;
+  perform credits._post(credits._balance(v_entry.account_id), v_entry,
+                        credits._slice(_reinstate.grant_id, _reinstate.amount));
+end $$;
+
+-- Undoes payments of debt, the latest first: the very credits that paid come back, and the debt with them, for the caller to
+-- let go of. Answers how much; less than asked for only if what paid was given back in another way.
+create or replace function credits._unpay_debt(
+  account_id text,
+  amount     numeric
+)
+returns numeric
+language plpgsql
+as $$
+declare
+  v_left   numeric := _unpay_debt.amount;
+  v_paid   record;
+  v_slices credits.slices;
+  v_entry  credits.entries;
+begin
+  for v_paid in
+    select e.entry_seq, s.grant_id,
+           least(g.consumed, s.amount - coalesce((select sum(u.amount)
+                                                    from credits.entries n, unnest(n.grant_ids, n.grant_amounts) u (grant_id, amount)
+                                                   where n.account_id = e.account_id and n.refunds_seq = e.entry_seq
+                                                     and u.grant_id = s.grant_id), 0)) as amount
+      from credits.entries e, unnest(e.grant_ids, e.grant_amounts) with ordinality s (grant_id, amount, place),
+           lateral (select n.consumed from credits.grants n where n.account_id = e.account_id and n.grant_id = s.grant_id) g
+     where e.account_id = _unpay_debt.account_id and e.operation = 'debt_paid'
+     order by e.entry_seq desc, s.place desc
+  loop
+    exit when v_left = 0;
+    continue when v_paid.amount <= 0;
+    v_slices := credits._slice(v_paid.grant_id, least(v_left, v_paid.amount));
+    v_left   := v_left - v_slices.taken;
+    perform credits._give_back(_unpay_debt.account_id, v_slices);
+    v_entry.account_id  := _unpay_debt.account_id;
+    v_entry.kind        := 'reinstate_paid';
+    v_entry.operation   := 'reinstate_paid';
+    v_entry.amount      := v_slices.taken;
+    v_entry.debt        := v_slices.taken;
+    v_entry.refunds_seq := v_paid.entry_seq;
+    perform credits._post(credits._balance(_unpay_debt.account_id), v_entry, v_slices);
+  end loop;
+  return _unpay_debt.amount - v_left;
 end $$;
 
 -- The answer to a revoke, made from its entries alone, so that a replay says the same.

@@ -19,18 +19,13 @@ begin
   v_requests := credits._read_requests(spend_many.requests);
   perform credits._lock_accounts(array(select distinct r.account_id from unnest(v_requests) r));
   v_requests := credits._mark_simple(v_requests);
-  perform credits._spend_together(v_requests);
   return query
-    select a.*
-      from (select r.position, r.account_id, r.key, 200, null::text, null::jsonb, e.entry_seq, e.amount,
-                   e.balance_after, e.available_after, false
-              from unnest(v_requests) r
-              join credits.entries e on e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key
-             where r.simple
-            union all
-            select o.*
-              from unnest(v_requests) r, lateral credits._spend_alone(r) o
-             where not r.simple) a
+    select t.*
+      from credits._spend_together(v_requests) t
+    union all
+    select o.*
+      from unnest(v_requests) r, lateral credits._spend_alone(r) o
+     where not r.simple
      order by 1;
 end $$;
 comment on function credits.spend_many(jsonb) is
@@ -83,15 +78,16 @@ end $$;
 -- account's requests are served in their order: together, or one by one.
 create or replace function credits._mark_simple(requests credits.spend_request[])
 returns credits.spend_request[]
-language sql
+language plpgsql
 stable
 as $$
+declare
+  v_requests credits.spend_request[];
+begin
   with plain as (
     select r.account_id, r.amount,
            r.capability is null
-             and r.key <> '' and length(r.key) <= 255
-             and credits._is_amount(r.amount) and r.amount > 0
-             and coalesce(jsonb_typeof(r.metadata), 'object') = 'object'
+             and credits._is_request(r.amount, r.key, r.metadata)
              and count(*) over (partition by r.account_id, r.key) = 1
              and e.entry_seq is null as ok
       from unnest(_mark_simple.requests) r
@@ -104,89 +100,95 @@ as $$
   ), payers as (
     select w.account_id
       from wanted w
-      join credits.accounts a on a.account_id = w.account_id and a.status = 'active'
-      join credits.balances b on b.account_id = w.account_id and b.debt = 0
-      join credits.grants g on g.account_id = w.account_id and g.status = 'active' and g.scope is null
-     group by w.account_id, w.total
-    having w.total <= sum(g.remaining)
+      join credits.balances b on b.account_id = w.account_id
+     where b.status = 'active' and b.debt = 0 and w.total <= credits._free(b)
   )
   select coalesce(array_agg(row(r.position, r.account_id, r.amount, r.description, r.subject, r.member_id, r.capability,
            r.key, r.metadata, p.account_id is not null)::credits.spend_request order by r.position), '{}')
+    into v_requests
     from unnest(_mark_simple.requests) r
-    left join payers p on p.account_id = r.account_id
-$$;
+    left join payers p on p.account_id = r.account_id;
+  return v_requests;
+end $$;
 
 -- Lays the requests of each account and the credits of its grants along one line of credits: where a request and a grant
 -- overlap, the one is paid by the other.
+drop function if exists credits._spend_together(credits.spend_request[]);
 create or replace function credits._spend_together(requests credits.spend_request[])
-returns void
-language sql
+returns setof credits.spend_many_result
+language plpgsql
 as $$
-  with requests as (
-    select r.*, b.entry_seq + row_number() over by_account as entry_seq,
-           b.balance - sum(r.amount) over by_account       as balance_after,
-           sum(r.amount) over by_account - r.amount        as before,
-           sum(r.amount) over by_account                   as upto,
-           b.hash                                          as head,
-           lead(r.position) over by_account is null        as is_last
-      from unnest(_spend_together.requests) r
-      join credits.balances b on b.account_id = r.account_id
-     where r.simple
-    window by_account as (partition by r.account_id order by r.position)
-  ), lots as (
-    select g.account_id, g.grant_id, g.remaining, row_number() over consumption as place,
-           sum(g.remaining) over consumption - g.remaining                      as before,
-           sum(g.remaining) over consumption                                    as upto,
-           sum(g.remaining) over (partition by g.account_id)                    as free
-      from credits.grants g
-     where g.account_id in (select r.account_id from requests r)
-       and g.status = 'active' and g.remaining > 0 and g.scope is null
-    window consumption as (partition by g.account_id
-                           order by g.priority, g.expires_at nulls last, g.effective_at, g.grant_id)
-  ), slices as (
-    select r.position, r.account_id, l.grant_id, l.place, l.free,
-           least(r.upto, l.upto) - greatest(r.before, l.before) as amount
-      from requests r
-      join lots l on l.account_id = r.account_id and l.before < r.upto and r.before < l.upto
-  ), paid as (
-    select s.position, min(s.free) as free, array_agg(s.grant_id order by s.place) as grant_ids,
-           array_agg(trim_scale(s.amount) order by s.place) as amounts
-      from slices s
-     group by s.position
-  ), drafts as (
-    select r.account_id, r.head, r.is_last, row(
-             r.entry_seq, credits.now(), r.account_id, 'spend', 'spend', r.key, -r.amount, 0,
-             trim_scale(r.balance_after), trim_scale(p.free - r.upto), p.grant_ids, p.amounts, null, null, null,
-             r.subject, r.member_id, null, r.description,
-             credits._spend_print(r.amount, r.description, r.subject, r.member_id, r.capability, r.metadata),
-             coalesce(r.metadata, '{}'))::credits.entries as entry
-      from requests r
-      join paid p on p.position = r.position
-  ), chained as (
-    select d.*, credits._hash_chain(d.head, credits._entry_text(d.entry))
-                  over (partition by d.account_id order by (d.entry).entry_seq) as hash
-      from drafts d
-  ), booked as (
-    insert into credits.entries (entry_seq, created_at, account_id, kind, operation, key, amount, debt, balance_after,
-      available_after, grant_ids, grant_amounts, hash, subject, member_id, description, fingerprint, metadata)
-    select (c.entry).entry_seq, (c.entry).created_at, (c.entry).account_id, (c.entry).kind, (c.entry).operation,
-           (c.entry).key, (c.entry).amount, (c.entry).debt, (c.entry).balance_after, (c.entry).available_after,
-           (c.entry).grant_ids, (c.entry).grant_amounts, c.hash, (c.entry).subject, (c.entry).member_id,
-           (c.entry).description, (c.entry).fingerprint, (c.entry).metadata
-      from chained c
-  ), consumed as (
-    update credits.grants g
-       set remaining = g.remaining - s.amount,
-           consumed  = g.consumed + s.amount,
-           status    = case when g.remaining = s.amount and g.held = 0 then 'exhausted' else g.status end
-      from (select t.account_id, t.grant_id, sum(t.amount) as amount from slices t group by t.account_id, t.grant_id) s
-     where g.account_id = s.account_id and g.grant_id = s.grant_id
-  )
-  update credits.balances b
-     set balance = (c.entry).balance_after, entry_seq = (c.entry).entry_seq, hash = c.hash
-    from chained c
-   where b.account_id = c.account_id and c.is_last
-$$;
+begin
+  return query
+    with requests as (
+      select r.*, b.entry_seq + row_number() over by_account as entry_seq,
+             b.balance - sum(r.amount) over by_account       as balance_after,
+             sum(r.amount) over by_account - r.amount        as before,
+             sum(r.amount) over by_account                   as upto,
+             b.hash                                          as head,
+             lead(r.position) over by_account is null        as is_last
+        from unnest(_spend_together.requests) r
+        join credits.balances b on b.account_id = r.account_id
+       where r.simple
+      window by_account as (partition by r.account_id order by r.position)
+    ), lots as (
+      select g.account_id, g.grant_id, g.remaining, row_number() over consumption as place,
+             sum(g.remaining) over consumption - g.remaining                      as before,
+             sum(g.remaining) over consumption                                    as upto,
+             sum(g.remaining) over (partition by g.account_id)                    as free
+        from credits.grants g
+       where g.account_id in (select r.account_id from requests r)
+         and g.status = 'active' and g.remaining > 0 and g.scope is null
+      window consumption as (partition by g.account_id
+                             order by g.priority, g.expires_at nulls last, g.effective_at, g.grant_id)
+    ), slices as (
+      select r.position, r.account_id, l.grant_id, l.place, l.free,
+             least(r.upto, l.upto) - greatest(r.before, l.before) as amount
+        from requests r
+        join lots l on l.account_id = r.account_id and l.before < r.upto and r.before < l.upto
+    ), paid as (
+      select s.position, min(s.free) as free, array_agg(s.grant_id order by s.place) as grant_ids,
+             array_agg(trim_scale(s.amount) order by s.place) as amounts
+        from slices s
+       group by s.position
+    ), drafts as (
+      select r.position, r.account_id, r.head, r.is_last, row(
+               r.entry_seq, credits.now(), r.account_id, 'spend', 'spend', r.key, -r.amount, 0,
+               trim_scale(r.balance_after), trim_scale(p.free - r.upto), p.grant_ids, p.amounts, null, null, null,
+               r.subject, r.member_id, null, r.description,
+               credits._spend_print(r.amount, r.description, r.subject, r.member_id, r.capability, r.metadata),
+               coalesce(r.metadata, '{}'))::credits.entries as entry
+        from requests r
+        join paid p on p.position = r.position
+    ), chained as (
+      select d.*, credits._hash_chain(d.head, credits._entry_text(d.entry))
+                    over (partition by d.account_id order by (d.entry).entry_seq) as hash
+        from drafts d
+    ), booked as (
+      insert into credits.entries (entry_seq, created_at, account_id, kind, operation, key, amount, debt, balance_after,
+        available_after, grant_ids, grant_amounts, hash, subject, member_id, description, fingerprint, metadata)
+      select (c.entry).entry_seq, (c.entry).created_at, (c.entry).account_id, (c.entry).kind, (c.entry).operation,
+             (c.entry).key, (c.entry).amount, (c.entry).debt, (c.entry).balance_after, (c.entry).available_after,
+             (c.entry).grant_ids, (c.entry).grant_amounts, c.hash, (c.entry).subject, (c.entry).member_id,
+             (c.entry).description, (c.entry).fingerprint, (c.entry).metadata
+        from chained c
+    ), consumed as (
+      update credits.grants g
+         set remaining = g.remaining - s.amount,
+             consumed  = g.consumed + s.amount,
+             status    = case when g.remaining = s.amount and g.held = 0 then 'exhausted' else g.status end
+        from (select t.account_id, t.grant_id, sum(t.amount) as amount from slices t group by t.account_id, t.grant_id) s
+       where g.account_id = s.account_id and g.grant_id = s.grant_id
+    ), counted as (
+      update credits.balances b
+         set balance = (c.entry).balance_after, entry_seq = (c.entry).entry_seq, hash = c.hash
+        from chained c
+       where b.account_id = c.account_id and c.is_last
+    )
+    select c.position, c.account_id, (c.entry).key, 200, null::text, null::jsonb, (c.entry).entry_seq, (c.entry).amount,
+           (c.entry).balance_after, (c.entry).available_after, false
+      from chained c;
+end $$;
 
 create or replace function credits._spend_alone(request credits.spend_request)
 returns credits.spend_many_result

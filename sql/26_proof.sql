@@ -65,6 +65,7 @@ begin
   return query select f.* from credits._audit_ledger(null) f;
   return query select f.* from credits._audit_books() f;
   return query select f.* from credits._audit_purchases() f;
+  return query select f.* from credits._audit_stripe() f;
 end $$;
 comment on function credits.audit() is
 'Checks every invariant over the whole database; no rows means sound.
@@ -104,6 +105,16 @@ begin
                   group by n.account_id) r on r.account_id = b.account_id
      where (_audit_ledger.account_id is null or b.account_id = _audit_ledger.account_id)
        and b.held <> coalesce(r.amount, 0);
+
+  return query
+    select 'balance_knows_its_account', b.account_id,
+           jsonb_build_object('status', b.status, 'account_status', a.status, 'has_scoped', b.has_scoped)
+      from credits.balances b
+      join credits.accounts a on a.account_id = b.account_id
+     where (_audit_ledger.account_id is null or b.account_id = _audit_ledger.account_id)
+       and (b.status <> a.status
+            or not b.has_scoped and exists (select from credits.grants g
+                                             where g.account_id = b.account_id and g.scope is not null));
 
   return query
     select 'nothing_falls_due_unseen', b.account_id, jsonb_build_object('next_due_at', b.next_due_at, 'due_at', min(d.due_at))
@@ -162,12 +173,15 @@ begin
   return query
     with moved as (
       select e.account_id, s.grant_id,
-             coalesce(sum(s.amount) filter (where e.amount > 0 and e.kind <> 'refund'), 0)         as came,
+             coalesce(sum(s.amount) filter (where e.amount > 0
+                                              and e.kind not in ('refund', 'reinstate', 'reinstate_paid')), 0) as came,
              coalesce(sum(s.amount) filter (where e.amount < 0 and e.kind not in ('expire', 'revoke')), 0)
-               - coalesce(sum(s.amount) filter (where e.kind = 'refund'), 0)                       as consumed,
+               - coalesce(sum(s.amount) filter (where e.kind in ('refund', 'reinstate_paid')), 0)   as consumed,
              coalesce(sum(s.amount) filter (where e.kind = 'expire'), 0)                           as expired,
-             coalesce(sum(s.amount) filter (where e.kind = 'revoke'), 0)                           as revoked,
-             coalesce(sum(s.amount) filter (where e.kind = 'clawback'), 0)                         as owed
+             coalesce(sum(s.amount) filter (where e.kind = 'revoke'), 0)
+               - coalesce(sum(s.amount) filter (where e.kind = 'reinstate'), 0)                     as revoked,
+             coalesce(sum(s.amount) filter (where e.kind = 'clawback'), 0)
+               - coalesce(sum(s.amount) filter (where e.kind = 'reinstate_debt'), 0) as owed
         from credits.entries e, unnest(e.grant_ids, e.grant_amounts) s (grant_id, amount)
        where _audit_grants.account_id is null or e.account_id = _audit_grants.account_id
        group by e.account_id, s.grant_id

@@ -20,55 +20,49 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_amount  numeric  := credits._check_amount(reserve.amount);
-  v_least   numeric  := least(v_amount, credits._check_min_amount(reserve.min_amount));
-  v_ttl     interval := credits._check_ttl(coalesce(reserve.ttl, '15 minutes'));
-  v_id      text     := credits._check_key(reserve.reservation_id, 'reservation_id');
-  v_meta    jsonb    := credits._check_metadata(reserve.metadata);
-  v_balance credits.balances;
-  v_slices  credits.slices;
-  v_first   credits.reservations;
-  v_found   record;
-  v_now     timestamptz;
+  v_ttl    interval := coalesce(reserve.ttl, '15 minutes');
+  v_amount numeric;
+  v_result credits.reserve_result;
 begin
-  v_balance := credits._lock_account(reserve.account_id);
-  select a.status, r as reservation into v_found
-    from credits.accounts a
-    left join credits.reservations r
-      on r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id
-   where a.account_id = reserve.account_id;
-  v_first := v_found.reservation;
-  if v_first.reservation_id is not null then
-    perform credits._check_same(
-      credits._reserve_print(v_first.requested, v_first.ttl, v_first.min_amount, v_first.description,
-        v_first.subject, v_first.member_id, v_first.capability, v_first.metadata),
-      credits._reserve_print(v_amount, v_ttl, reserve.min_amount, reserve.description, reserve.subject,
-        reserve.member_id, reserve.capability, reserve.metadata),
-      'reserve', reserve.reservation_id);
-    return credits._reserve_result(v_first, true);
-  end if;
+  select trim_scale(reserve.amount) into v_amount
+    from credits.balances b
+   where b.account_id = reserve.account_id and b.status = 'active' and credits._is_plain(b)
+     and credits._is_request(reserve.amount, reserve.reservation_id, reserve.metadata)
+     and reserve.min_amount is null and v_ttl > interval '0' and v_ttl <= interval '15 minutes'
+     for no key update;
 
-  if v_found.status <> 'active' then
-    perform credits._fail_status(reserve.account_id, v_found.status);
+  -- Mostly the first grant can hold it all: one statement then does what the general way does.
+  if found then
+    with pinned as (
+      update credits.grants g
+         set remaining = g.remaining - v_amount, held = g.held + v_amount
+       where g.account_id = reserve.account_id
+         and g.grant_id = (select p.grant_id from credits._payers(reserve.account_id, reserve.capability) p limit 1)
+         and g.remaining >= v_amount
+         and not exists (select from credits.reservations r
+                          where r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id)
+      returning g.grant_id, credits.now() as created_at
+    ), counted as (
+      update credits.balances b
+         set held = b.held + v_amount, next_due_at = least(b.next_due_at, p.created_at + v_ttl)
+        from pinned p
+       where b.account_id = reserve.account_id
+      returning b.account_id, trim_scale(b.balance - b.held) as free, p.grant_id, p.created_at
+    )
+    insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl,
+      created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
+    select c.account_id, reserve.reservation_id, v_amount, v_amount, c.free, v_ttl, c.created_at, c.created_at + v_ttl,
+           array[c.grant_id], array[v_amount], reserve.description, reserve.subject, reserve.member_id,
+           reserve.capability, coalesce(reserve.metadata, '{}')
+      from counted c
+    returning r.reservation_id, r.account_id, r.amount, r.expires_at, r.available_after, false
+      into v_result;
+    if found then
+      return v_result;
+    end if;
   end if;
-  v_slices := credits._take(reserve.account_id, v_amount, reserve.capability, 'held');
-  if v_slices.taken < v_least or v_balance.debt > 0 then
-    perform credits._fail_short(v_least, v_slices.taken, v_balance.debt);
-  end if;
-
-  v_now := credits.now();
-  insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, min_amount,
-    created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
-  values (reserve.account_id, v_id, v_amount, trim_scale(v_slices.taken),
-    trim_scale(v_slices.left_free - v_balance.debt), v_ttl, reserve.min_amount, v_now, v_now + v_ttl,
-    v_slices.grant_ids, v_slices.amounts, reserve.description, reserve.subject, reserve.member_id, reserve.capability,
-    coalesce(v_meta, '{}'))
-  returning r.* into v_first;
-
-  update credits.balances b
-     set held = b.held + v_first.amount, next_due_at = least(b.next_due_at, v_first.expires_at)
-   where b.account_id = reserve.account_id;
-  return credits._reserve_result(v_first, false);
+  return credits._reserve(reserve.account_id, reserve.amount, reserve.reservation_id, v_ttl, reserve.min_amount,
+    reserve.description, reserve.subject, reserve.member_id, reserve.capability, reserve.metadata);
 end $$;
 comment on function credits.reserve(text, numeric, text, interval, numeric, text, text, text, text, jsonb) is
 'Holds credits for work in flight, until it is settled or released, or its ttl has run out.
@@ -143,24 +137,68 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_amount  numeric := credits._check_amount(settle.amount, zero => true);
-  v_policy  text    := credits._check_overage(settle.on_overage);
-  v_print   jsonb   := jsonb_build_object('settle', credits._fingerprint(
-                         jsonb_build_object('amount', v_amount, 'on_overage', v_policy), settle.metadata));
-  v_meta    jsonb   := credits._check_metadata(settle.metadata);
-  v_balance credits.balances;
-  v_hold    credits.reservations;
+  v_amount numeric;
+  v_result credits.settle_result;
 begin
-  v_balance := credits._lock_account(settle.account_id);
-  v_hold    := credits._reservation(settle.account_id, settle.reservation_id);
-  if v_hold.status = 'settled' then
-    perform credits._check_same(v_hold.closing -> 'request', v_print, 'settle', settle.reservation_id);
-    return credits._settle_result(v_hold, true);
-  elsif v_hold.status = 'released' then
-    perform credits._fail_closed(v_hold);
+  select trim_scale(settle.amount) into v_amount
+    from credits.balances b
+   where b.account_id = settle.account_id and credits._is_plain(b)
+     and credits._is_request(settle.amount, settle.reservation_id, settle.metadata)
+     and coalesce(settle.on_overage, 'cap') in ('cap', 'overflow', 'reject')
+     for no key update;
+
+  -- Mostly one grant was pinned, it goes on, and the hold suffices: one statement then does what the general way does.
+  if found then
+    with paid as (
+      update credits.grants g
+         set held      = g.held - r.grant_amounts[1],
+             consumed  = g.consumed + v_amount,
+             remaining = g.remaining + r.grant_amounts[1] - v_amount
+        from credits.reservations r
+       where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id and r.status = 'open'
+         and cardinality(r.grant_ids) = 1 and r.grant_amounts[1] >= v_amount
+         and g.account_id = settle.account_id and g.grant_id = r.grant_ids[1] and g.status = 'active'
+         and g.remaining + r.grant_amounts[1] > v_amount
+      returning credits.now() as created_at, r.grant_ids, r.grant_amounts[1] as held, r.subject, r.member_id,
+                r.capability, r.description, coalesce(settle.metadata, r.metadata) as metadata
+    ), charged as (
+      update credits.balances b
+         set balance   = trim_scale(b.balance - v_amount),
+             held      = b.held - p.held,
+             entry_seq = b.entry_seq + 1,
+             hash      = credits._entry_hash(b.hash, row(
+                           b.entry_seq + 1, p.created_at, null, 'settle', 'settle', settle.reservation_id, -v_amount, 0,
+                           trim_scale(b.balance - v_amount), trim_scale(b.balance - v_amount - b.held + p.held),
+                           p.grant_ids, array[v_amount], null, settle.reservation_id, null, null, null, null, null,
+                           null, null)::credits.entries)
+        from paid p
+       where b.account_id = settle.account_id
+      returning b.account_id, b.entry_seq, b.balance, trim_scale(b.balance - b.held) as available, b.hash, p.*,
+                jsonb_build_object('settle', credits._fingerprint(jsonb_build_object(
+                  'amount', v_amount, 'on_overage', coalesce(settle.on_overage, 'cap')), settle.metadata)) as request
+    ), booked as (
+      insert into credits.entries as e (entry_seq, created_at, account_id, kind, operation, key, amount, balance_after,
+        available_after, grant_ids, grant_amounts, hash, reservation_id, subject, member_id, capability, description,
+        fingerprint, metadata)
+      select c.entry_seq, c.created_at, c.account_id, 'settle', 'settle', settle.reservation_id, -v_amount, c.balance,
+             c.available, c.grant_ids, array[v_amount], c.hash, settle.reservation_id, c.subject, c.member_id,
+             c.capability, c.description, c.request, c.metadata
+        from charged c
+    )
+    update credits.reservations r
+       set status = 'settled', closed_at = c.created_at, actual = v_amount, charged = v_amount, uncollected = 0,
+           settle_seq = c.entry_seq, grant_ids = '{}', grant_amounts = '{}',
+           closing = jsonb_build_object('request', c.request, 'balance', c.balance, 'available', c.available)
+      from charged c
+     where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id
+    returning r.reservation_id, r.account_id, r.status, r.actual, r.charged, r.uncollected,
+              trim_scale(c.held - v_amount), r.late, r.settle_seq, c.balance, c.available, false
+      into v_result;
+    if found then
+      return v_result;
+    end if;
   end if;
-  v_hold := credits._settle(v_balance, v_hold, v_amount, v_policy, v_print, v_meta);
-  return credits._settle_result(v_hold, false);
+  return credits._settle(settle.account_id, settle.reservation_id, settle.amount, settle.on_overage, settle.metadata);
 end $$;
 comment on function credits.settle(text, text, numeric, text, jsonb) is
 'Books the last part of a reservation and returns the rest.
@@ -261,64 +299,6 @@ An open one whose time is over is shown as expired, which it is for everybody.
 Errors: 400 invalid_request, 404 account_not_found, reservation_not_found.';
 
 -- Helpers ------------------------------------------------------------------------------------------------------------
-
-create or replace function credits._check_ttl(ttl interval)
-returns interval
-language plpgsql
-stable
-as $$
-begin
-  -- The default needs no look at the settings.
-  if (_check_ttl.ttl > interval '0' and (_check_ttl.ttl <= interval '15 minutes'
-      or _check_ttl.ttl <= (credits._setting('reservation_max_age') #>> '{}')::interval)) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'ttl', 'ttl', _check_ttl.ttl::text),
-      'ttl is above zero and at most the setting reservation_max_age (24 hours).');
-  end if;
-  return _check_ttl.ttl;
-end $$;
-
-create or replace function credits._check_min_amount(min_amount numeric)
-returns numeric
-language plpgsql
-immutable
-as $$
-begin
-  return case when _check_min_amount.min_amount is not null then credits._check_amount(_check_min_amount.min_amount) end;
-end $$;
-
-create or replace function credits._check_overage(on_overage text)
-returns text
-language plpgsql
-immutable
-as $$
-begin
-  if coalesce(_check_overage.on_overage, 'cap') not in ('cap', 'overflow', 'reject') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'on_overage'),
-      'on_overage is cap, overflow or reject.');
-  end if;
-  return coalesce(_check_overage.on_overage, 'cap');
-end $$;
-
-create or replace function credits._reserve_print(
-  amount      numeric,
-  ttl         interval,
-  min_amount  numeric,
-  description text,
-  subject     text,
-  member_id   text,
-  capability  text,
-  metadata    jsonb
-)
-returns jsonb
-language sql
-stable
-as $$
-  select credits._fingerprint(jsonb_build_object(
-           'amount', _reserve_print.amount, 'ttl', _reserve_print.ttl, 'min_amount', _reserve_print.min_amount,
-           'description', _reserve_print.description, 'subject', _reserve_print.subject,
-           'member_id', _reserve_print.member_id, 'capability', _reserve_print.capability),
-           coalesce(_reserve_print.metadata, '{}'))
-$$;
 
 create or replace function credits._reservation(
   account_id     text,

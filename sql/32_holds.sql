@@ -86,7 +86,7 @@ begin
 end $$;
 
 -- An open hold pays first; above it the policy decides. An expired one holds nothing, so all of it is overage.
-create or replace function credits._settle(
+create or replace function credits._settle_hold(
   balance  credits.balances,
   hold     credits.reservations,
   amount   numeric,
@@ -98,39 +98,42 @@ returns credits.reservations
 language plpgsql
 as $$
 declare
-  v_hold    credits.reservations := _settle.hold;
-  v_balance credits.balances := _settle.balance;
+  v_hold    credits.reservations := _settle_hold.hold;
+  v_balance credits.balances := _settle_hold.balance;
   v_held    numeric := 0;
   v_debt    numeric := 0;
   v_slices  credits.slices;
   v_entry   credits.entries;
 begin
-  v_slices := credits._end_hold(v_hold, _settle.amount);
+  v_slices := credits._end_hold(v_hold, _settle_hold.amount);
   if v_hold.status = 'open' then
     v_held := v_hold.amount - v_hold.captured;
   end if;
-  if _settle.amount > v_slices.taken then
-    v_slices := credits._take_overage(v_balance, v_hold, v_slices, _settle.amount - v_slices.taken, _settle.policy);
-    v_debt   := credits._overdraft(v_balance, _settle.amount - v_slices.taken, _settle.policy);
+  if _settle_hold.amount > v_slices.taken then
+    v_slices := credits._take_overage(v_balance, v_hold, v_slices, _settle_hold.amount - v_slices.taken, _settle_hold.policy);
+    v_debt   := credits._overdraft(v_balance, _settle_hold.amount - v_slices.taken, _settle_hold.policy);
   end if;
 
   if v_slices.taken > 0 then
-    v_entry := credits._reservation_entry(v_hold, 'settle', v_hold.reservation_id, _settle.request, -v_slices.taken,
-                                          _settle.metadata);
+    v_entry := credits._reservation_entry(v_hold, 'settle', v_hold.reservation_id, _settle_hold.request, -v_slices.taken,
+                                          _settle_hold.metadata);
     v_entry := credits._post(v_balance, v_entry, v_slices, held => -v_held);
   elsif v_held > 0 then
-    update credits.balances b set held = b.held - v_held where b.account_id = v_hold.account_id;
+    update credits.balances b
+       set held = b.held - v_held
+     where b.account_id = v_hold.account_id
+    returning b.* into v_balance;
   end if;
   if v_debt > 0 then
-    v_entry := credits._post_overdraft(v_hold, v_debt, _settle.request, v_entry.key is null);
+    v_entry := credits._post_overdraft(v_hold, v_debt, _settle_hold.request, v_entry.key is null);
   end if;
-  if v_held > _settle.amount and (v_balance.debt > 0 or v_slices.ended) then
+  if v_held > _settle_hold.amount and (v_balance.debt > 0 or v_slices.ended) then
     v_balance := credits._tidy(v_hold.account_id);
   elsif v_entry.entry_seq is not null then
     v_balance.entry_seq := v_entry.entry_seq;
     v_balance.balance   := v_entry.balance_after;
   end if;
-  return credits._close(v_hold, 'settled', v_balance, _settle.request, _settle.amount, v_slices.taken + v_debt, v_entry);
+  return credits._close(v_hold, 'settled', v_balance, _settle_hold.request, _settle_hold.amount, v_slices.taken + v_debt, v_entry);
 end $$;
 
 -- The first slices of a hold are used up to an amount, the others return. Answers with what was used.
@@ -293,7 +296,7 @@ declare
   v_available numeric := (_close.entry).available_after;
 begin
   if (_close.entry).entry_seq is distinct from (_close.balance).entry_seq then
-    v_available := trim_scale(credits._free((_close.hold).account_id) - (_close.balance).debt);
+    v_available := trim_scale(credits._free(_close.balance) - (_close.balance).debt);
   end if;
   update credits.reservations r
      set status        = _close.status,

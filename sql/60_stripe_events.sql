@@ -1,5 +1,10 @@
 -- Stripe events: stored once, applied once, kept whatever becomes of them.
--- Keeps invariant 8: the row and its effect commit together. Lock order: the event row first, then the account.
+-- Keeps invariant 8: the row and its effect commit together. Lock order: the event row first, then what its handler locks.
+
+insert into credits.settings as s (name, value, summary) values
+  ('stripe_event_max_attempts', '20', 'How often an event that fails or is parked is tried before it is left to a person.'),
+  ('stripe_event_max_wait', '"4 hours"', 'The longest wait between two attempts; the first is a minute, and each doubles.')
+on conflict (name) do update set summary = excluded.summary;
 
 create or replace function credits.receive_stripe_event(
   endpoint text,
@@ -16,15 +21,18 @@ declare
 begin
   perform credits._check_key(receive_stripe_event.endpoint, 'endpoint', 200);
   v_event := credits._read_payload(receive_stripe_event.payload);
-  v_id    := coalesce(nullif(v_event ->> 'id', ''),
+  v_id    := coalesce(credits._event_id(v_event),
                       'sha256:' || encode(sha256(convert_to(receive_stripe_event.payload, 'UTF8')), 'hex'));
 
-  insert into credits.stripe_events (event_id, endpoint, type, livemode, api_version, stripe_account, created_at,
-    received_at, payload)
+  insert into credits.stripe_events as e (event_id, endpoint, type, livemode, api_version, stripe_account, created_at,
+    object_id, received_at, payload)
   select v_id, receive_stripe_event.endpoint, s.type, s.livemode, s.api_version, s.stripe_account, s.created_at,
-         credits.now(), receive_stripe_event.payload
+         s.object_id, credits.now(), receive_stripe_event.payload
     from credits._shape_event(v_event) s
-  on conflict on constraint stripe_events_pkey do nothing;
+  on conflict on constraint stripe_events_pkey do update  -- what another endpoint turned away may be meant for this one
+    set endpoint = excluded.endpoint, status = 'received', reason = null, payload = excluded.payload, archived_at = null
+    where e.endpoint <> excluded.endpoint and e.status = 'ignored'
+      and e.reason in ('shadow', 'livemode_mismatch', 'account_mismatch');
 
   return row(v_id, credits._apply_stripe_event(v_id))::credits.stripe_event_result;
 end $$;
@@ -32,9 +40,9 @@ comment on function credits.receive_stripe_event(text, text) is
 'Stores an event that Stripe delivered, once, and applies it in the same transaction.
 
 endpoint is the label of the webhook endpoint whose secret signed it, payload the raw text of the body. outcome is applied,
-duplicate (done before), ignored (nothing to do for this type or state), parked (something that it needs is not known; it
-changed nothing) or failed (kept with its error). Whatever the outcome, the event is safe: answer 2xx. A parked or failed
-event that is delivered again is tried again.
+duplicate (done before), ignored (nothing to do for this type, state, livemode or account, or the endpoint is in shadow
+mode), parked (something that it needs is not known; it changed nothing and is tried again as soon as that becomes known)
+or failed (kept with its error, and retried). Whatever the outcome, the event is safe: answer 2xx.
 Errors: 400 invalid_request, for a text that is not a JSON object.';
 
 create or replace function credits.replay_stripe_event(event_id text)
@@ -43,16 +51,131 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_archived_at timestamptz;
 begin
-  if not exists (select from credits.stripe_events e where e.event_id = replay_stripe_event.event_id) then
+  select e.archived_at into v_archived_at from credits.stripe_events e where e.event_id = replay_stripe_event.event_id;
+  if not found then
     perform credits._fail(404, 'event_not_found', jsonb_build_object('event_id', replay_stripe_event.event_id));
+  elsif v_archived_at is not null then
+    perform credits._fail(410, 'event_archived',
+      jsonb_build_object('event_id', replay_stripe_event.event_id, 'archived_at', v_archived_at),
+      'Its payload is gone; Stripe may still have it.');
   end if;
   return row(replay_stripe_event.event_id,
              credits._apply_stripe_event(replay_stripe_event.event_id, again => true))::credits.stripe_event_result;
 end $$;
 comment on function credits.replay_stripe_event(text) is
 'Applies a stored event again. What it did before it does not do twice, so this is safe for any event.
-Errors: 404 event_not_found.';
+
+An event that was recorded in shadow mode is applied once its endpoint is live.
+Errors: 404 event_not_found, 410 event_archived.';
+
+create or replace function credits.process_stripe_events(max_events integer default 100)
+returns setof credits.stripe_event_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id text;
+begin
+  if (process_stripe_events.max_events between 1 and 10000) is not true then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_events'),
+      'max_events is from 1 to 10000.');
+  end if;
+  for v_id in
+    select e.event_id
+      from credits.stripe_events e
+     where e.status in ('parked', 'failed') and e.next_attempt_at <= credits.now()
+     order by e.next_attempt_at, e.event_id
+     limit process_stripe_events.max_events
+       for no key update skip locked
+  loop
+    return next row(v_id, credits._apply_stripe_event(v_id))::credits.stripe_event_result;
+  end loop;
+end $$;
+comment on function credits.process_stripe_events(integer) is
+'Tries the parked and failed events again whose time has come, the longest due first.
+
+Several workers may call it at once; each event is taken by one. max_events is 1 to 10000, 100 by default. An event that
+fails stripe_event_max_attempts times stays as it is, with a notification: fix the cause and replay it.
+Errors: 400 invalid_request.';
+
+create or replace function credits.archive_stripe_events(
+  older_than interval default '90 days',
+  max_events integer  default 10000
+)
+returns bigint
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_archived bigint;
+begin
+  if (archive_stripe_events.older_than >= interval '0') is not true
+     or (archive_stripe_events.max_events between 1 and 1000000) is not true then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'older_than, max_events'),
+      'older_than is an interval, max_events from 1 to 1000000.');
+  end if;
+  with old as (
+    select e.event_id
+      from credits.stripe_events e
+     where e.received_at < credits.now() - archive_stripe_events.older_than
+       and e.status in ('applied', 'ignored') and e.archived_at is null
+     order by e.received_at
+     limit archive_stripe_events.max_events
+       for no key update skip locked
+  )
+  update credits.stripe_events e
+     set payload = null, archived_at = credits.now()
+    from old o
+   where e.event_id = o.event_id;
+  get diagnostics v_archived = row_count;
+  return v_archived;
+end $$;
+comment on function credits.archive_stripe_events(interval, integer) is
+'Drops the payload of events that are done and were received longer ago; answers how many.
+
+Their ids are kept for ever, so a late delivery is still a duplicate. Events that are parked or failed stay whole. It does
+at most max_events at a time; call it again while it answers that many.
+Errors: 400 invalid_request.';
+
+create or replace function credits.set_stripe_endpoint(
+  endpoint       text,
+  mode           text    default 'live',
+  livemode       boolean default null,
+  stripe_account text    default null
+)
+returns credits.stripe_endpoints
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_endpoint credits.stripe_endpoints;
+begin
+  perform credits._check_key(set_stripe_endpoint.endpoint, 'endpoint', 200);
+  if set_stripe_endpoint.mode not in ('live', 'shadow') is not false then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'mode'), 'mode is live or shadow.');
+  end if;
+  insert into credits.stripe_endpoints as e (endpoint, mode, livemode, stripe_account, updated_at)
+  values (set_stripe_endpoint.endpoint, set_stripe_endpoint.mode, set_stripe_endpoint.livemode,
+          set_stripe_endpoint.stripe_account, credits.now())
+  on conflict on constraint stripe_endpoints_pkey do update
+    set mode = excluded.mode, livemode = excluded.livemode, stripe_account = excluded.stripe_account,
+        updated_at = excluded.updated_at
+  returning e.* into v_endpoint;
+  return v_endpoint;
+end $$;
+comment on function credits.set_stripe_endpoint(text, text, boolean, text) is
+'Says what is expected of a webhook endpoint, by its label.
+
+mode live applies its events; shadow records in effects what each would have done and changes nothing, so that a team can
+run beside an existing handler and then switch. livemode null takes test and live events alike; stripe_account is the
+connected account whose events it takes, null the own one. Other events are stored as ignored.
+Errors: 400 invalid_request.';
 
 create or replace function credits.list_stripe_events(
   status   text        default null,
@@ -61,22 +184,32 @@ create or replace function credits.list_stripe_events(
   max_rows integer     default 50
 )
 returns setof credits.stripe_event_summary
-language sql
+language plpgsql
 stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  select e.event_id, e.endpoint, e.type, e.status, e.reason, e.error, e.attempts, e.next_attempt_at, e.created_at,
-         e.received_at, e.applied_at
-    from credits.stripe_events e
-   where (list_stripe_events.status is null or e.status = list_stripe_events.status)
-     and (list_stripe_events.type is null or e.type = list_stripe_events.type)
-     and e.received_at < coalesce(list_stripe_events.before, 'infinity')
-   order by e.received_at desc, e.event_id
-   limit least(coalesce(list_stripe_events.max_rows, 50), 1000)
-$$;
+begin
+  if list_stripe_events.max_rows not between 1 and 1000 then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
+      'max_rows is from 1 to 1000; page on with before.');
+  end if;
+  return query
+    select e.event_id, e.endpoint, e.type, e.status, e.reason, e.error, e.attempts, e.next_attempt_at, e.created_at,
+           e.received_at, e.applied_at, e.object_id, e.waits_for, e.effects, e.archived_at
+      from credits.stripe_events e
+     where (list_stripe_events.status is null or e.status = list_stripe_events.status)
+       and (list_stripe_events.type is null or e.type = list_stripe_events.type)
+       and e.received_at < coalesce(list_stripe_events.before, 'infinity')
+     order by e.received_at desc, e.event_id
+     limit coalesce(list_stripe_events.max_rows, 50);
+end $$;
 comment on function credits.list_stripe_events(text, text, timestamptz, integer) is
-'The events received, the latest first, with what became of them. Page on with before = the last received_at seen.';
+'The events received, the latest first, with what became of them.
+
+Page on with before = the last received_at seen. effects is what an event did; waits_for what a parked one lacks. One with
+status parked or failed and no next_attempt_at was given up. max_rows is 1 to 1000, 50 by default.
+Errors: 400 invalid_request.';
 
 -- Helpers ------------------------------------------------------------------------------------------------------------
 
@@ -113,73 +246,4 @@ begin
   perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'payload'),
     'The payload is a JSON object, as Stripe sent it.');
   return null;
-end $$;
-
--- A handler that fails is undone and leaves its error; one that lacks something is undone and leaves the reason.
-create or replace function credits._apply_stripe_event(
-  event_id text,
-  again    boolean default false
-)
-returns text
-language plpgsql
-as $$
-declare
-  v_event   credits.stripe_events;
-  v_handler text;
-  v_status  text;
-  v_reason  text;
-  v_error   text;
-begin
-  select e.* into v_event
-    from credits.stripe_events e
-   where e.event_id = _apply_stripe_event.event_id
-     and (e.status in ('received', 'parked', 'failed') or _apply_stripe_event.again)
-     for no key update;
-  if not found then
-    return 'duplicate';
-  end if;
-
-  select h.handler into v_handler from credits.stripe_handlers h where h.event_type = v_event.type;
-  if v_event.type is null then
-    v_status := 'failed';
-    v_error  := 'The payload cannot be read: it has no type.';
-  elsif v_handler is null then
-    v_status := 'ignored';
-    v_reason := 'type_not_handled';
-  else
-    begin
-      execute format('select * from credits.%I($1)', v_handler) into v_status, v_reason using v_event;
-    exception
-      when sqlstate 'CRPRK' then
-        v_status := 'parked';
-        v_reason := sqlerrm;
-      when others then
-        v_status := 'failed';
-        v_error  := format('%s %s', sqlstate, sqlerrm);
-    end;
-  end if;
-
-  update credits.stripe_events e
-     set status          = v_status,
-         reason          = v_reason,
-         error           = v_error,
-         attempts        = e.attempts + 1,
-         applied_at      = case when v_status = 'applied' then coalesce(e.applied_at, credits.now()) end,
-         next_attempt_at = case when v_status in ('parked', 'failed')
-                                then credits.now() + interval '1 minute' * 2 ^ least(e.attempts, 8) end
-   where e.event_id = v_event.event_id;
-  return v_status;
-end $$;
-
--- Ends a handler whose event needs something that is not known. Its effects are undone and the event waits.
-create or replace function credits._park(
-  reason text,
-  detail jsonb default null
-)
-returns void
-language plpgsql
-as $$
-begin
-  raise exception using
-    errcode = 'CRPRK', message = _park.reason, detail = coalesce(_park.detail, '{}')::text;
 end $$;

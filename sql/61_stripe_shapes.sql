@@ -1,4 +1,7 @@
 -- Reading Stripe's JSON, in any API version, and nothing else: no other file knows a path.
+-- A field that moved is read at its new place, then at its old one; the version is never asked. References may be expanded.
+-- The larger functions are PL/pgSQL around one expression: a session keeps their plans, while those of SQL functions that
+-- cannot be inlined are made anew in every transaction, which was measured to be a fifth of the time of an event.
 
 -- A reference is an id, or the expanded object.
 create or replace function credits._ref(reference jsonb)
@@ -19,36 +22,481 @@ as $$
   select case when _whole.value #>> '{}' ~ '^-?[0-9]{1,18}$' then (_whole.value #>> '{}')::bigint end
 $$;
 
-create or replace function credits._shape_event(event jsonb)
-returns credits.event_shape
+create or replace function credits._moment(seconds jsonb)
+returns timestamptz
 language sql
 immutable
 as $$
-  select row(_shape_event.event ->> 'type',
-             case _shape_event.event ->> 'livemode' when 'true' then true when 'false' then false end,
-             _shape_event.event ->> 'api_version',
-             _shape_event.event ->> 'account',
-             to_timestamp(credits._whole(_shape_event.event -> 'created')))::credits.event_shape
+  select case when s between 0 and 253402300799 then to_timestamp(s) end from (select credits._whole(_moment.seconds)) x (s)
 $$;
 
+-- Thin notifications write moments in ISO form.
+create or replace function credits._iso_moment(value text)
+returns timestamptz
+language plpgsql
+stable
+as $$
+begin
+  return case when _iso_moment.value ~ '^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$' then _iso_moment.value::timestamptz end;
+exception when data_exception then
+  return null;
+end $$;
+
+create or replace function credits._flag(value jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select case _flag.value #>> '{}' when 'true' then true when 'false' then false end
+$$;
+
+-- Quantities and unit amounts may come as decimal texts.
+create or replace function credits._decimal(value jsonb)
+returns numeric
+language sql
+immutable
+as $$
+  select case when _decimal.value #>> '{}' ~ '^-?[0-9]{1,18}(\.[0-9]{1,12})?$' then (_decimal.value #>> '{}')::numeric end
+$$;
+
+-- Elements of a list, which may be a list object, an array, or not there.
+create or replace function credits._elements(list jsonb)
+returns setof jsonb
+language sql
+immutable
+as $$
+  select e
+    from jsonb_array_elements(case when jsonb_typeof(_elements.list -> 'data') = 'array' then _elements.list -> 'data'
+                                   when jsonb_typeof(_elements.list) = 'array' then _elements.list
+                                   else '[]' end) e
+$$;
+
+-- Events ------------------------------------------------------------------------------------------------------------
+
+create or replace function credits._event_id(event jsonb)
+returns text
+language sql
+immutable
+as $$
+  select nullif(_event_id.event ->> 'id', '')
+$$;
+
+-- What an answer that is none says of the reason.
+create or replace function credits._error_of(
+  answer jsonb,
+  field  text
+)
+returns text
+language sql
+immutable
+as $$
+  select _error_of.answer #>> array['error', _error_of.field]
+$$;
+
+-- A thin notification names its object beside the event and its moment as ISO text.
+create or replace function credits._shape_event(event jsonb)
+returns credits.event_shape
+language plpgsql
+stable
+as $$
+begin
+  return (
+    select row(e ->> 'type', e ->> 'object' = 'v2.core.event', credits._flag(e -> 'livemode'), e ->> 'api_version', e ->> 'account',
+               case when jsonb_typeof(e -> 'created') = 'number' then credits._moment(e -> 'created')
+                    else credits._iso_moment(e ->> 'created') end,
+               coalesce(e #>> '{data,object,id}', e #>> '{related_object,id}'))::credits.event_shape
+      from (select _shape_event.event) x (e));
+end $$;
+
+create or replace function credits._shape_notice(event credits.stripe_events)
+returns credits.stripe_notice
+language plpgsql
+stable
+as $$
+declare
+  v_event jsonb := credits._read_payload((_shape_notice.event).payload);
+begin
+  return row((_shape_notice.event).event_id,
+             case when v_event ->> 'object' = 'v2.core.event' then 'v2.core.event' else (_shape_notice.event).type end,
+             coalesce(v_event #>> '{data,object,object}', v_event #>> '{related_object,type}'),
+             (_shape_notice.event).object_id,
+             floor(extract(epoch from (_shape_notice.event).created_at)),
+             coalesce(v_event #> '{data,object}', v_event -> 'related_object'),
+             case when jsonb_typeof(v_event #> '{data,previous_attributes}') = 'object'
+                  then v_event #> '{data,previous_attributes}' end,
+             false)::credits.stripe_notice;
+end $$;
+
+-- An answer to a request of ours. A list has no id of its own: it is known by what was asked for.
+create or replace function credits._shape_answer(
+  request credits.stripe_requests,
+  answer  jsonb
+)
+returns credits.stripe_notice
+language sql
+stable
+as $$
+  select row('request:' || (_shape_answer.request).request_id, 'object.' || k.kind, k.kind, k.id,
+             (_shape_answer.request).as_of, _shape_answer.answer, null, true)::credits.stripe_notice
+    from (select case (_shape_answer.request).purpose when 'retrieve' then split_part((_shape_answer.request).ref, ':', 1)
+                                                      else _shape_answer.answer ->> 'object' end,
+                 case (_shape_answer.request).purpose when 'retrieve' then split_part((_shape_answer.request).ref, ':', 2)
+                                                      else _shape_answer.answer ->> 'id' end) k (kind, id)
+$$;
+
+-- One element of a list as a notice of its own.
+create or replace function credits._shape_part(
+  list   credits.stripe_notice,
+  kind   text,
+  object jsonb
+)
+returns credits.stripe_notice
+language sql
+immutable
+as $$
+  select row((_shape_part.list).event_id, 'object.' || _shape_part.kind, _shape_part.kind, _shape_part.object ->> 'id',
+             (_shape_part.list).at, _shape_part.object, null, true)::credits.stripe_notice
+$$;
+
+-- Gone for good: customers, products, prices. A deleted subscription is one that was canceled.
+create or replace function credits._is_deleted(notice credits.stripe_notice)
+returns boolean
+language sql
+immutable
+as $$
+  select coalesce(credits._flag((_is_deleted.notice).object -> 'deleted'), false)
+         or (_is_deleted.notice).type in ('customer.deleted', 'product.deleted', 'price.deleted')
+$$;
+
+-- States that an object never leaves. Disputes have none: a lost one may still be won.
+create or replace function credits._is_final(
+  kind   text,
+  object jsonb
+)
+returns boolean
+language sql
+immutable
+as $$
+  select coalesce(case _is_final.kind
+    when 'subscription'   then _is_final.object ->> 'status' in ('canceled', 'incomplete_expired')
+    when 'invoice'        then _is_final.object ->> 'status' in ('paid', 'void')
+                               or credits._flag(_is_final.object -> 'paid')
+    when 'payment_intent' then _is_final.object ->> 'status' in ('succeeded', 'canceled')
+    when 'refund'         then _is_final.object ->> 'status' in ('failed', 'canceled') end, false)
+$$;
+
+-- Whose an object is, as far as it says itself. An invoice carries the metadata of its subscription.
+create or replace function credits._shape_owner(object jsonb)
+returns credits.owner_shape
+language plpgsql
+immutable
+as $$
+begin
+  return (
+    select row(case when o ->> 'object' = 'customer' then o ->> 'id' else credits._ref(o -> 'customer') end,
+               coalesce(nullif(o #>> '{metadata,account_id}', ''),
+                        nullif(o #>> '{parent,subscription_details,metadata,account_id}', ''),
+                        nullif(o #>> '{subscription_details,metadata,account_id}', '')),
+               nullif(o ->> 'client_reference_id', ''),
+               case when o ->> 'object' = 'subscription' then o ->> 'id'
+                    else coalesce(credits._ref(o #> '{parent,subscription_details,subscription}'),
+                                  credits._ref(o -> 'subscription')) end)::credits.owner_shape
+      from (select _shape_owner.object) x (o));
+end $$;
+
+-- What a notice makes known: its object, the customer behind it, the prices inside it.
+create or replace function credits._known_by(notice credits.stripe_notice)
+returns text[]
+language plpgsql
+immutable
+as $$
+begin
+  return (select array[n.kind || ':' || n.object_id, 'customer:' || (credits._shape_owner(n.object)).customer_id]
+         || array(select 'price:' || i.price_id from credits._shape_items(n.object) i where i.price is not null)
+         || array(select 'price:' || l.price_id from credits._shape_lines(n.object) l
+                   where l.price is not null and n.kind in ('invoice', 'invoice_lines'))
+    from (select (_known_by.notice).*) n);
+end $$;
+
+-- Checkout ----------------------------------------------------------------------------------------------------------
+
 -- amount_before is what the goods cost: without it, the total with discounts put back and tax and shipping taken out.
-create or replace function credits._shape_session(payload text)
+create or replace function credits._shape_session(object jsonb)
 returns credits.session_shape
 language sql
 immutable
 as $$
-  select row(o ->> 'id', o ->> 'mode', o ->> 'payment_status',
+  select row(o ->> 'id', o ->> 'mode', o ->> 'status', o ->> 'payment_status',
              credits._whole(o -> 'amount_total'),
              coalesce(credits._whole(o -> 'amount_subtotal'),
                       credits._whole(o -> 'amount_total')
                         + coalesce(credits._whole(o #> '{total_details,amount_discount}'), 0)
                         - coalesce(credits._whole(o #> '{total_details,amount_tax}'), 0)
                         - coalesce(credits._whole(o #> '{total_details,amount_shipping}'), 0)),
-             lower(o ->> 'currency'), (o ->> 'livemode') = 'true',
-             nullif(o #>> '{metadata,account_id}', ''), nullif(o ->> 'client_reference_id', ''),
+             lower(o ->> 'currency'), credits._flag(o -> 'livemode'),
              nullif(o #>> '{metadata,package}', ''),
              case when o #> '{metadata,quantity}' is null then 1
                   when o #>> '{metadata,quantity}' ~ '^[1-9][0-9]{0,5}$' then (o #>> '{metadata,quantity}')::integer end,
-             credits._ref(o -> 'payment_intent'), credits._ref(o -> 'customer'))::credits.session_shape
-    from (select credits._read_payload(_shape_session.payload) #> '{data,object}') x (o)
+             credits._ref(o -> 'payment_intent'), credits._ref(o -> 'customer'),
+             credits._ref(o -> 'subscription'))::credits.session_shape
+    from (select _shape_session.object) x (o)
+$$;
+
+-- What a session sells, where we did not say so ourselves: its one line.
+create or replace function credits._shape_line_items(list jsonb)
+returns setof credits.item_shape
+language sql
+immutable
+as $$
+  select i ->> 'id', credits._ref(i -> 'price'), credits._ref(i #> '{price,product}'), credits._whole(i -> 'quantity'),
+         false, i -> 'price', null::timestamptz, null::timestamptz
+    from credits._elements(_shape_line_items.list) i
+$$;
+
+-- Prices and subscriptions ------------------------------------------------------------------------------------------
+
+-- The credits of a price or product, as text: whoever reads a number out of it must say what is wrong with it.
+create or replace function credits._credits_in(metadata jsonb)
+returns text
+language sql
+immutable
+as $$
+  select coalesce(m ->> 'credits', m ->> 'includedCredits', m ->> 'credits_included', m ->> 'monthly_credits')
+    from (select _credits_in.metadata) x (m)
+$$;
+
+-- A price, or a plan of the older API. Of a product only the metadata matters here.
+create or replace function credits._shape_price(object jsonb)
+returns credits.price_shape
+language plpgsql
+immutable
+as $$
+begin
+  return (
+    select row(o ->> 'id', credits._ref(o -> 'product'),
+               coalesce(credits._decimal(o -> 'unit_amount'), credits._decimal(o -> 'unit_amount_decimal'),
+                        credits._decimal(o -> 'amount')),
+               coalesce(o #>> '{recurring,interval}', o ->> 'interval'),
+               coalesce(credits._whole(o #> '{recurring,interval_count}'), credits._whole(o -> 'interval_count'), 1)::integer,
+               coalesce(o #>> '{recurring,usage_type}', o ->> 'usage_type') = 'metered',
+               credits._credits_in(o -> 'metadata'),
+               o #>> '{metadata,trial_credits}')::credits.price_shape
+      from (select _shape_price.object) x (o));
+end $$;
+
+-- The period is that of the item which renews first.
+create or replace function credits._shape_subscription(object jsonb)
+returns credits.subscription_shape
+language plpgsql
+immutable
+as $$
+begin
+  return (
+    select row(o ->> 'id', o ->> 'status', credits._ref(o -> 'customer'), credits._flag(o -> 'livemode'),
+               coalesce(i.period_start, credits._moment(o -> 'current_period_start')),
+               coalesce(i.period_end, credits._moment(o -> 'current_period_end')),
+               coalesce(credits._moment(o -> 'billing_cycle_anchor'), credits._moment(o -> 'start_date'),
+                        credits._moment(o -> 'created')),
+               credits._moment(o -> 'trial_end'), credits._moment(o -> 'cancel_at'),
+               coalesce(credits._flag(o -> 'cancel_at_period_end'), false),
+               credits._moment(o -> 'ended_at'),
+               coalesce(jsonb_typeof(o -> 'pause_collection') = 'object', false),
+               credits._ref(o -> 'schedule'))::credits.subscription_shape
+      from (select _shape_subscription.object) x (o),
+           lateral (select min(s.period_start) as period_start, min(s.period_end) as period_end
+                      from credits._shape_items(o) s) i);
+end $$;
+
+create or replace function credits._shape_items(object jsonb)
+returns setof credits.item_shape
+language sql
+immutable
+as $$
+  select i ->> 'id',
+         coalesce(credits._ref(i -> 'price'), credits._ref(i -> 'plan')),
+         coalesce(credits._ref(i #> '{price,product}'), credits._ref(i #> '{plan,product}')),
+         credits._whole(i -> 'quantity'),
+         coalesce((credits._shape_price(i -> 'price')).metered, (credits._shape_price(i -> 'plan')).metered, false),
+         case when jsonb_typeof(i -> 'price') = 'object' then i -> 'price'
+              when jsonb_typeof(i -> 'plan') = 'object' then i -> 'plan' end,
+         credits._moment(i -> 'current_period_start'), credits._moment(i -> 'current_period_end')
+    from credits._elements(_shape_items.object -> 'items') i
+$$;
+
+-- A schedule, with the phase that comes after the present one.
+create or replace function credits._shape_schedule(object jsonb)
+returns credits.schedule_shape
+language sql
+immutable
+as $$
+  select row(o ->> 'id', credits._ref(o -> 'subscription'), o ->> 'status', n.starts, n.price_id)::credits.schedule_shape
+    from (select _shape_schedule.object) x (o)
+    left join lateral (
+      select credits._moment(p -> 'start_date') as starts,
+             coalesce(credits._ref(p #> '{items,0,price}'), credits._ref(p #> '{items,0,plan}')) as price_id
+        from credits._elements(o -> 'phases') p
+       where credits._whole(p -> 'start_date') >= coalesce(credits._whole(o #> '{current_phase,end_date}'), 0)
+       order by credits._whole(p -> 'start_date')
+       limit 1) n on true
+$$;
+
+-- Invoices ----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._shape_invoice(object jsonb)
+returns credits.invoice_shape
+language plpgsql
+immutable
+as $$
+begin
+  return (
+    select row(o ->> 'id', o ->> 'status',
+               coalesce(o ->> 'status' = 'paid', false) or coalesce(credits._flag(o -> 'paid'), false),
+               credits._whole(o -> 'created'), credits._ref(o -> 'customer'),
+               coalesce(credits._ref(o #> '{parent,subscription_details,subscription}'), credits._ref(o -> 'subscription'),
+                        (select min(l.subscription_id) from credits._shape_lines(o) l)),
+               credits._whole(o -> 'amount_paid'), credits._whole(o -> 'total'), lower(o ->> 'currency'),
+               credits._whole(o -> 'attempt_count'),
+               coalesce(credits._ref(o -> 'payment_intent'), credits._ref(o -> 'charge')),
+               coalesce(credits._flag(o #> '{lines,has_more}'), false) is false)::credits.invoice_shape
+      from (select _shape_invoice.object) x (o));
+end $$;
+
+-- Lines of an invoice. The details of a line stand under the name of its parent's type. The price is whole in the older
+-- shape, in the newer only its id.
+create or replace function credits._shape_lines(object jsonb)
+returns setof credits.line_shape
+language sql
+immutable
+as $$
+  select l ->> 'id',
+         coalesce(credits._ref(l #> '{pricing,price_details,price}'), credits._ref(l -> 'price'), credits._ref(l -> 'plan')),
+         coalesce(credits._ref(l #> '{pricing,price_details,product}'), credits._ref(l #> '{price,product}'),
+                  credits._ref(l #> '{plan,product}')),
+         coalesce(credits._decimal(l -> 'quantity_decimal'), credits._decimal(l -> 'quantity')),
+         credits._whole(l -> 'amount'),
+         coalesce(d ->> 'subscription_item', credits._ref(l -> 'subscription_item')),
+         coalesce(credits._ref(d -> 'subscription'), credits._ref(l -> 'subscription')),
+         credits._moment(l #> '{period,start}'), credits._moment(l #> '{period,end}'),
+         coalesce(case when jsonb_typeof(l #> '{pricing,price_details,price}') = 'object'
+                       then l #> '{pricing,price_details,price}' end,
+                  case when jsonb_typeof(l -> 'price') = 'object' then l -> 'price' end,
+                  case when jsonb_typeof(l -> 'plan') = 'object' then l -> 'plan' end)
+    from credits._elements(coalesce(_shape_lines.object -> 'lines', _shape_lines.object)) l,
+         lateral (select l #> array['parent', l #>> '{parent,type}']) x (d)
+$$;
+
+-- Which payments paid an invoice: an invoice_payment, or the payments inside an expanded invoice.
+create or replace function credits._shape_invoice_payment(object jsonb)
+returns credits.charge_shape
+language sql
+immutable
+as $$
+  select row(credits._ref(o #> '{payment,charge}'), credits._ref(o #> '{payment,payment_intent}'),
+             credits._ref(o -> 'invoice'), null, case when o ->> 'status' = 'paid' then credits._whole(o -> 'amount_paid') end,
+             null, lower(o ->> 'currency'))::credits.charge_shape
+    from (select _shape_invoice_payment.object) x (o)
+$$;
+
+-- All payments that an invoice names itself: one in the older shape, expanded ones in the newer.
+create or replace function credits._payments_of_invoice(object jsonb)
+returns setof credits.charge_shape
+language sql
+immutable
+as $$
+  select s.*
+    from credits._elements(_payments_of_invoice.object -> 'payments') p, credits._shape_invoice_payment(p) s
+  union all
+  select credits._ref(o -> 'charge'), credits._ref(o -> 'payment_intent'), o ->> 'id', null,
+         credits._whole(o -> 'amount_paid'), null, lower(o ->> 'currency')
+    from (select _payments_of_invoice.object) x (o)
+   where coalesce(credits._ref(o -> 'charge'), credits._ref(o -> 'payment_intent')) is not null
+$$;
+
+-- Payments ----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._shape_charge(object jsonb)
+returns credits.charge_shape
+language plpgsql
+immutable
+as $$
+begin
+  return (
+    select row(o ->> 'id', credits._ref(o -> 'payment_intent'), credits._ref(o -> 'invoice'), credits._ref(o -> 'customer'),
+               coalesce(credits._whole(o -> 'amount_captured'),
+                        case when credits._flag(o -> 'captured') then credits._whole(o -> 'amount') else 0 end),
+               coalesce(credits._whole(o -> 'amount_refunded'), 0), lower(o ->> 'currency'))::credits.charge_shape
+      from (select _shape_charge.object) x (o));
+end $$;
+
+create or replace function credits._shape_refund(object jsonb)
+returns credits.refund_shape
+language sql
+immutable
+as $$
+  select row(o ->> 'id', credits._ref(o -> 'charge'), credits._ref(o -> 'payment_intent'), credits._whole(o -> 'amount'),
+             lower(o ->> 'currency'), o ->> 'status')::credits.refund_shape
+    from (select _shape_refund.object) x (o)
+$$;
+
+create or replace function credits._shape_dispute(object jsonb)
+returns credits.dispute_shape
+language sql
+immutable
+as $$
+  select row(o ->> 'id', credits._ref(o -> 'charge'), credits._ref(o -> 'payment_intent'), credits._whole(o -> 'amount'),
+             lower(o ->> 'currency'), o ->> 'status')::credits.dispute_shape
+    from (select _shape_dispute.object) x (o)
+$$;
+
+-- Lists -------------------------------------------------------------------------------------------------------------
+
+create or replace function credits._has_more(list jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select coalesce(credits._flag(_has_more.list -> 'has_more'), false)
+$$;
+
+create or replace function credits._last_id(list jsonb)
+returns text
+language sql
+immutable
+as $$
+  select _last_id.list #>> '{data,-1,id}'
+$$;
+
+-- A page added to those before it.
+create or replace function credits._join_pages(
+  pages jsonb,
+  page  jsonb
+)
+returns jsonb
+language sql
+immutable
+as $$
+  select case when credits._has_more(_join_pages.pages)
+              then _join_pages.page || jsonb_build_object('data', (_join_pages.pages -> 'data') || (_join_pages.page -> 'data'))
+              else _join_pages.page end
+$$;
+
+-- Cards -------------------------------------------------------------------------------------------------------------
+
+create or replace function credits._default_card(customer jsonb)
+returns text
+language sql
+immutable
+as $$
+  select coalesce(credits._ref(_default_card.customer #> '{invoice_settings,default_payment_method}'),
+                  credits._ref(_default_card.customer -> 'default_source'))
+$$;
+
+-- Whose card it is, or was: a detached one names its customer only in what it was before.
+create or replace function credits._card_customer(notice credits.stripe_notice)
+returns text
+language sql
+immutable
+as $$
+  select coalesce(credits._ref((_card_customer.notice).object -> 'customer'),
+                  credits._ref((_card_customer.notice).previous -> 'customer'))
 $$;

@@ -1,150 +1,228 @@
--- What each family of Stripe events does, and the rows that name its function.
--- A handler returns applied or ignored with a reason, or parks. Keeps invariant 7: one purchase, one grant.
+-- What each family of Stripe's events does, and the rows that name its function. object.* are answers to retrieves.
+-- A handler takes a notice and answers applied or ignored with a reason and its effects, or parks. It acts on the object,
+-- not on the name of the event: several types tell of one fact, and each may come late.
 
-with listed (event_type, handler, summary) as (values
-  ('checkout.session.completed',               '_on_checkout_session', 'A session was completed; it may be paid or wait.'),
-  ('checkout.session.async_payment_succeeded', '_on_checkout_session', 'A payment that was waited for has come.')
+with listed (event_type, handler) as (values
+  ('checkout.session.completed',                  '_on_checkout_session'),
+  ('checkout.session.async_payment_succeeded',    '_on_checkout_session'),
+  ('checkout.session.async_payment_failed',       '_on_checkout_session'),
+  ('checkout.session.expired',                    '_on_checkout_session'),
+  ('object.checkout.session',                     '_on_checkout_session'),
+  ('invoice.created',                             '_on_invoice'),
+  ('invoice.updated',                             '_on_invoice'),
+  ('invoice.finalized',                           '_on_invoice'),
+  ('invoice.finalization_failed',                 '_on_invoice'),
+  ('invoice.sent',                                '_on_invoice'),
+  ('invoice.paid',                                '_on_invoice'),
+  ('invoice.payment_succeeded',                   '_on_invoice'),
+  ('invoice.payment_failed',                      '_on_invoice'),
+  ('invoice.payment_action_required',             '_on_invoice'),
+  ('invoice.payment_attempt_required',            '_on_invoice'),
+  ('invoice.overdue',                             '_on_invoice'),
+  ('invoice.overpaid',                            '_on_invoice'),
+  ('invoice.will_be_due',                         '_on_invoice'),
+  ('invoice.voided',                              '_on_invoice'),
+  ('invoice.marked_uncollectible',                '_on_invoice'),
+  ('invoice.deleted',                             '_on_invoice'),
+  ('object.invoice',                              '_on_invoice'),
+  ('invoice_payment.paid',                        '_on_invoice_payment'),
+  ('customer.subscription.created',               '_on_subscription'),
+  ('customer.subscription.updated',               '_on_subscription'),
+  ('customer.subscription.deleted',               '_on_subscription'),
+  ('customer.subscription.paused',                '_on_subscription'),
+  ('customer.subscription.resumed',               '_on_subscription'),
+  ('customer.subscription.trial_will_end',        '_on_subscription'),
+  ('customer.subscription.pending_update_applied', '_on_subscription'),
+  ('customer.subscription.pending_update_expired', '_on_subscription'),
+  ('object.subscription',                         '_on_subscription'),
+  ('subscription_schedule.created',               '_on_schedule'),
+  ('subscription_schedule.updated',               '_on_schedule'),
+  ('subscription_schedule.released',              '_on_schedule'),
+  ('subscription_schedule.completed',             '_on_schedule'),
+  ('subscription_schedule.canceled',              '_on_schedule'),
+  ('subscription_schedule.aborted',               '_on_schedule'),
+  ('subscription_schedule.expiring',              '_on_schedule'),
+  ('object.subscription_schedule',                '_on_schedule'),
+  ('payment_intent.created',                      '_on_payment_intent'),
+  ('payment_intent.succeeded',                    '_on_payment_intent'),
+  ('payment_intent.payment_failed',               '_on_payment_intent'),
+  ('payment_intent.requires_action',              '_on_payment_intent'),
+  ('payment_intent.processing',                   '_on_payment_intent'),
+  ('payment_intent.canceled',                     '_on_payment_intent'),
+  ('payment_intent.amount_capturable_updated',    '_on_payment_intent'),
+  ('payment_intent.partially_funded',             '_on_payment_intent'),
+  ('object.payment_intent',                       '_on_payment_intent'),
+  ('charge.succeeded',                            '_on_charge'),
+  ('charge.updated',                              '_on_charge'),
+  ('charge.captured',                             '_on_charge'),
+  ('charge.refunded',                             '_on_charge'),
+  ('object.charge',                               '_on_charge'),
+  ('refund.created',                              '_on_refund'),
+  ('refund.updated',                              '_on_refund'),
+  ('refund.failed',                               '_on_refund'),
+  ('charge.refund.updated',                       '_on_refund'),
+  ('object.refund',                               '_on_refund'),
+  ('charge.dispute.created',                      '_on_dispute'),
+  ('charge.dispute.updated',                      '_on_dispute'),
+  ('charge.dispute.closed',                       '_on_dispute'),
+  ('charge.dispute.funds_withdrawn',              '_on_dispute'),
+  ('charge.dispute.funds_reinstated',             '_on_dispute'),
+  ('object.dispute',                              '_on_dispute'),
+  ('product.created',                             '_on_product'),
+  ('product.updated',                             '_on_product'),
+  ('product.deleted',                             '_on_product'),
+  ('object.product',                              '_on_product'),
+  ('price.created',                               '_on_price'),
+  ('price.updated',                               '_on_price'),
+  ('price.deleted',                               '_on_price'),
+  ('object.price',                                '_on_price'),
+  ('customer.created',                            '_on_customer'),
+  ('customer.updated',                            '_on_customer'),
+  ('customer.deleted',                            '_on_customer'),
+  ('object.customer',                             '_on_customer'),
+  ('payment_method.attached',                     '_on_payment_method'),
+  ('payment_method.updated',                      '_on_payment_method'),
+  ('payment_method.automatically_updated',        '_on_payment_method'),
+  ('payment_method.detached',                     '_on_payment_method'),
+  ('object.payment_method',                       '_on_payment_method'),
+  ('object.invoice_lines',                        '_on_list'),
+  ('object.line_items',                           '_on_list'),
+  ('object.invoice_payments',                     '_on_list'),
+  ('v2.core.event',                               '_on_thin_event')
+), summed (event_type, handler, summary) as (
+  select l.event_type, l.handler, s.summary
+    from listed l
+    join (values
+      ('_on_checkout_session', 'Grants a package that is paid, binds the customer, closes a purchase that failed or expired.'),
+      ('_on_invoice',          'Mirrors the invoice; grants by its lines once it is paid.'),
+      ('_on_invoice_payment',  'Remembers which payment paid which invoice.'),
+      ('_on_subscription',     'Mirrors the subscription and moves its state. Grants nothing by itself.'),
+      ('_on_schedule',         'Mirrors it; the plan that comes next is shown as pending.'),
+      ('_on_payment_intent',   'Mirrors it.'),
+      ('_on_charge',           'Mirrors it; takes back what it refunds.'),
+      ('_on_refund',           'Mirrors it; takes back, or gives back if it failed.'),
+      ('_on_dispute',          'Mirrors it; freezes what is unspent, takes back if lost, gives back if won.'),
+      ('_on_product',          'Mirrors it.'),
+      ('_on_price',            'Mirrors it.'),
+      ('_on_customer',         'Mirrors it; binds it to the account that its metadata names.'),
+      ('_on_payment_method',   'Mirrors it; keeps the default card of its customer.'),
+      ('_on_list',             'Keeps the rest of a list that did not fit into an event.'),
+      ('_on_thin_event',       'Retrieves the object that it names.')) s (handler, summary) on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
-  select l.event_type, l.handler, l.summary from listed l
+  select s.event_type, s.handler, s.summary from summed s
   on conflict (event_type) do update set handler = excluded.handler, summary = excluded.summary
 )
-delete from credits.stripe_handlers h where h.event_type not in (select l.event_type from listed l);
+delete from credits.stripe_handlers h where h.event_type not in (select s.event_type from summed s);
 
--- Acts on the object, not on the name of the event: both types may come for one session, in any order.
-create or replace function credits._on_checkout_session(event credits.stripe_events)
+-- Mirrors -----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._on_product(notice credits.stripe_notice)
+returns credits.handler_result
+language sql
+as $$
+  select credits._mirrored(credits._mirror(_on_product.notice))
+$$;
+
+create or replace function credits._on_price(notice credits.stripe_notice)
+returns credits.handler_result
+language sql
+as $$
+  select credits._mirrored(credits._mirror(_on_price.notice,
+                                           (credits._shape_price((_on_price.notice).object)).product_id))
+$$;
+
+create or replace function credits._on_payment_intent(notice credits.stripe_notice)
+returns credits.handler_result
+language sql
+as $$
+  select credits._mirrored(credits._mirror(_on_payment_intent.notice))
+$$;
+
+create or replace function credits._on_customer(notice credits.stripe_notice)
 returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_session    credits.session_shape := credits._shape_session((_on_checkout_session.event).payload);
-  v_account_id text;
-  v_package    credits.packages;
+  v_owner   credits.owner_shape := credits._shape_owner((_on_customer.notice).object);
+  v_current boolean := credits._mirror(_on_customer.notice);
 begin
-  if v_session.mode is distinct from 'payment' then
-    return row('ignored', 'mode_not_handled')::credits.handler_result;
-  elsif v_session.session_id is null then
-    perform credits._park('session_unknown');
+  if exists (select from credits.accounts a where a.account_id = v_owner.account_id)
+     and credits._bound_account(v_owner) is null then
+    perform credits._bind(v_owner, v_owner.account_id, (_on_customer.notice).event_id);
   end if;
-
-  if exists (select from credits.stripe_facts f
-              where f.kind = 'checkout_session' and f.ref = v_session.session_id) then
-    return row('applied', 'granted_before')::credits.handler_result;
-  end if;
-  v_account_id := credits._account_of_session(v_session);
-  v_package    := credits._package_of_session(v_session);
-  if v_session.payment_status in ('paid', 'no_payment_required') then
-    perform credits._complete_purchase(v_session, v_account_id, v_package);
-  else
-    perform credits._record_purchase(v_session, v_account_id, v_package, 'processing');
-  end if;
-  return row('applied', null)::credits.handler_result;
+  perform credits._refresh_customer(v_owner.customer_id);
+  return credits._mirrored(v_current);
 end $$;
 
--- What we wrote into the session names the account. A customer that is bound to one is never bound to another.
-create or replace function credits._account_of_session(session credits.session_shape)
-returns text
-language plpgsql
-stable
-as $$
-declare
-  v_account_id text := coalesce((_account_of_session.session).account_id,
-                                (_account_of_session.session).client_reference_id);
-begin
-  if v_account_id is null or not exists (select from credits.accounts a where a.account_id = v_account_id) then
-    perform credits._park('account_unknown', jsonb_build_object('account_id', v_account_id));
-  elsif exists (select from credits.purchases p
-                 where p.stripe_customer_id = (_account_of_session.session).customer_id
-                   and p.account_id <> v_account_id) then
-    perform credits._park('customer_of_another_account',
-      jsonb_build_object('account_id', v_account_id, 'customer', (_account_of_session.session).customer_id));
-  end if;
-  return v_account_id;
-end $$;
-
--- Tax and discounts change what is paid, never what is bought: the amount before them is that of the package.
-create or replace function credits._package_of_session(session credits.session_shape)
-returns credits.packages
-language plpgsql
-stable
-as $$
-declare
-  v_session credits.session_shape := _package_of_session.session;
-  v_package credits.packages;
-begin
-  select p.* into v_package from credits.packages p where p.code = v_session.package;
-  if not found then
-    perform credits._park('package_unknown', jsonb_build_object('package', v_session.package));
-  elsif v_session.quantity is null then
-    perform credits._park('quantity_unknown');
-  elsif v_session.amount_total is null or v_session.currency is distinct from v_package.currency
-        or v_session.amount_before is distinct from v_package.price * v_session.quantity then
-    perform credits._park('amount_unknown', jsonb_build_object(
-      'amount', v_session.amount_before, 'currency', v_session.currency,
-      'expected', v_package.price * v_session.quantity, 'expected_currency', v_package.currency));
-  end if;
-  return v_package;
-end $$;
-
-create or replace function credits._record_purchase(
-  session    credits.session_shape,
-  account_id text,
-  package    credits.packages,
-  status     text
-)
-returns credits.purchases
+create or replace function credits._on_payment_method(notice credits.stripe_notice)
+returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_session  credits.session_shape := _record_purchase.session;
-  v_purchase credits.purchases;
+  v_current boolean := credits._mirror(_on_payment_method.notice);
 begin
-  perform credits._lock_account(_record_purchase.account_id);
-  insert into credits.purchases as p (account_id, package, quantity, credits, amount, currency, status, livemode,
-    stripe_session_id, stripe_payment_intent_id, stripe_customer_id, created_at)
-  values (_record_purchase.account_id, (_record_purchase.package).code, v_session.quantity, (_record_purchase.package).credits * v_session.quantity,
-    v_session.amount_total, v_session.currency, _record_purchase.status, coalesce(v_session.livemode, false),
-    v_session.session_id, v_session.payment_intent_id, v_session.customer_id, credits.now())
-  on conflict on constraint purchases_one_per_session do update
-    set stripe_payment_intent_id = coalesce(excluded.stripe_payment_intent_id, p.stripe_payment_intent_id),
-        stripe_customer_id       = coalesce(excluded.stripe_customer_id, p.stripe_customer_id)
-  returning p.* into v_purchase;
-  return v_purchase;
+  perform credits._refresh_customer(credits._card_customer(_on_payment_method.notice));
+  return credits._mirrored(v_current);
 end $$;
 
--- The fact is taken first: it is unique over all accounts, so no order or number of deliveries grants twice.
-create or replace function credits._complete_purchase(
-  session    credits.session_shape,
-  account_id text,
-  package    credits.packages
-)
+-- What we keep of a customer follows from the snapshots of it and of its card, whichever came last.
+create or replace function credits._refresh_customer(customer_id text)
 returns void
+language sql
+as $$
+  update credits.stripe_customers c
+     set deleted = o.deleted,
+         default_payment_method = case when m.snapshot is null or (credits._shape_owner(m.snapshot)).customer_id is not null then d.card end
+    from credits.stripe_objects o,
+         lateral (select credits._default_card(o.snapshot) as card) d
+         left join credits.stripe_objects m on m.kind = 'payment_method' and m.object_id = d.card
+   where o.kind = 'customer' and o.object_id = _refresh_customer.customer_id and o.snapshot is not null
+     and c.customer_id = o.object_id
+$$;
+
+-- Answers come page by page; the last one wakes whoever waits for the whole.
+create or replace function credits._on_list(notice credits.stripe_notice)
+returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_session  credits.session_shape := _complete_purchase.session;
-  v_purchase credits.purchases;
-  v_grant    credits.grant_result;
+  v_list    credits.stripe_notice := _on_list.notice;
+  v_known   credits.stripe_objects;
+  v_request bigint;
 begin
-  insert into credits.stripe_facts (kind, ref, account_id, created_at)
-  values ('checkout_session', v_session.session_id, _complete_purchase.account_id, credits.now())
-  on conflict (kind, ref) do nothing;
-  if not found then
-    return;
+  v_known := credits._touch(v_list.kind, v_list.object_id);
+  update credits.stripe_objects o
+     set snapshot = credits._join_pages(v_known.snapshot, v_list.object), as_of = v_list.at, seen_by = v_list.type,
+         updated_at = credits.now()
+   where o.kind = v_list.kind and o.object_id = v_list.object_id;
+  if credits._has_more(v_list.object) then
+    v_request := credits._request_object(v_list.kind, v_list.object_id);
+    update credits.stripe_requests r
+       set params = r.params || jsonb_build_object('starting_after', credits._last_id(v_list.object))
+     where r.request_id = v_request;
+  elsif v_list.kind = 'invoice_payments' then
+    perform credits._on_invoice_payment(credits._shape_part(v_list, 'invoice_payment', e))
+       from credits._elements(credits._snapshot(v_list.kind, v_list.object_id)) e;
   end if;
-
-  v_purchase := credits._record_purchase(v_session, _complete_purchase.account_id, _complete_purchase.package, 'pending');
-  v_grant := credits._grant(
-    account_id    => _complete_purchase.account_id,
-    amount        => v_purchase.credits,
-    kind          => 'purchase',
-    description   => (_complete_purchase.package).name,
-    source        => 'checkout:' || v_session.session_id,
-    cost          => v_purchase.amount,
-    cost_currency => v_purchase.currency,
-    key           => 'purchase:' || v_session.session_id,
-    fingerprint   => jsonb_build_object('purchase', v_session.session_id));
-  update credits.purchases p
-     set status = 'completed', grant_id = v_grant.grant_id, completed_at = credits.now()
-   where p.account_id = v_purchase.account_id and p.purchase_id = v_purchase.purchase_id;
+  return credits._applied();
 end $$;
+
+create or replace function credits._on_thin_event(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+begin
+  if credits._request_object((_on_thin_event.notice).kind, (_on_thin_event.notice).object_id) is null then
+    return credits._ignored('type_not_handled');
+  end if;
+  return credits._applied(null, 'retrieve_queued');
+end $$;
+
+create or replace function credits._mirrored(current boolean)
+returns credits.handler_result
+language sql
+immutable
+as $$
+  select credits._applied(null, case when not _mirrored.current then 'superseded' end)
+$$;

@@ -15,7 +15,13 @@ grant execute on function
   credits.spend, credits.spend_many, credits.refund_spend,
   credits.reserve, credits.capture, credits.settle, credits.release, credits.extend, credits.get_reservation,
   credits.list_packages, credits.load_demo_catalog,
-  credits.receive_stripe_event, credits.replay_stripe_event, credits.list_stripe_events
+  credits.get_subscription_state, credits.change_plan, credits.cancel_plan, credits.resume_plan, credits.set_time_zone,
+  credits.get_user_subscription_state, credits.update_subscription_cache, credits.clear_expired_subscription_cache,
+  credits.clear_all_subscription_cache, credits.get_subscription_cache_status, credits.get_cache_cleanup_history,
+  credits.use_credits_validated, credits.add_subscription_credits, credits.get_or_create_stripe_customer,
+  credits.receive_stripe_event, credits.process_stripe_events, credits.replay_stripe_event, credits.list_stripe_events,
+  credits.archive_stripe_events, credits.set_stripe_endpoint, credits.complete_stripe_request
 to credits_service;
 
-grant select on credits.trial_balance to credits_service;
+grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,
+  credits.stripe_disputes to credits_service;

@@ -48,6 +48,10 @@ select 'view of the exposed schema without security_invoker', r.object from rela
 union all
 select 'handler does not exist', h.event_type || ': ' || h.handler
   from credits.stripe_handlers h
- where not exists (select from functions f where f.schema = 'credits' and f.proname = h.handler);
+ where not exists (select from functions f where f.schema = 'credits' and f.proname = h.handler)
+union all
+select 'effect does not exist', t.from_state || ' to ' || t.to_state || ': ' || t.effect
+  from credits.subscription_transitions t
+ where not exists (select from functions f where f.schema = 'credits' and f.proname = t.effect);
 comment on view credits.house_rule_violations is
   'Breaches of the rules of the house. Must be empty: migrate refuses to finish while it has rows.';

@@ -61,6 +61,14 @@ class Client:
     def unfreeze_account(self, account_id: str | None) -> Any:
         return self.row("unfreeze_account", account_id=account_id)
 
+    def set_debt_limit(self, account_id: str | None, debt_limit: Amount | None) -> Decimal:
+        value: Decimal = self.row("set_debt_limit", account_id=account_id, debt_limit=debt_limit)[0]
+        return value
+
+    def set_time_zone(self, account_id: str | None, time_zone: str | None) -> str:
+        value: str = self.row("set_time_zone", account_id=account_id, time_zone=time_zone)[0]
+        return value
+
     def get_balance(self, account_id: str | None) -> Any:
         return self.row("get_balance", account_id=account_id)
 
@@ -117,8 +125,88 @@ class Client:
     def extend(self, account_id: str | None, reservation_id: str | None, **more: Any) -> Any:
         return self.row("extend", account_id=account_id, reservation_id=reservation_id, **more)
 
+    def get_reservation(self, account_id: str | None, reservation_id: str | None) -> Any:
+        return self.row("get_reservation", account_id=account_id, reservation_id=reservation_id)
+
     def list_packages(self, **more: Any) -> list[Any]:
         return self.rows("list_packages", **more)
 
+    def load_demo_catalog(self) -> None:
+        self.row("load_demo_catalog")
+
+    def get_subscription_state(self, account_id: str | None) -> Any:
+        return self.row("get_subscription_state", account_id=account_id)
+
+    def change_plan(self, account_id: str | None, plan: str | None, **more: Any) -> Any:
+        return self.row("change_plan", account_id=account_id, plan=plan, **more)
+
+    def cancel_plan(self, account_id: str | None, **more: Any) -> Any:
+        return self.row("cancel_plan", account_id=account_id, **more)
+
+    def resume_plan(self, account_id: str | None) -> Any:
+        return self.row("resume_plan", account_id=account_id)
+
     def receive_stripe_event(self, endpoint: str | None, payload: str | None) -> Any:
         return self.row("receive_stripe_event", endpoint=endpoint, payload=payload)
+
+    def replay_stripe_event(self, event_id: str | None) -> Any:
+        return self.row("replay_stripe_event", event_id=event_id)
+
+    def process_stripe_events(self, **more: Any) -> list[Any]:
+        return self.rows("process_stripe_events", **more)
+
+    def list_stripe_events(self, **more: Any) -> list[Any]:
+        return self.rows("list_stripe_events", **more)
+
+    def archive_stripe_events(self, **more: Any) -> int:
+        value: int = self.row("archive_stripe_events", **more)[0]
+        return value
+
+    def set_stripe_endpoint(self, endpoint: str | None, **more: Any) -> Any:
+        return self.row("set_stripe_endpoint", endpoint=endpoint, **more)
+
+    def complete_stripe_request(self, request_id: int | None, status: int | None, body: str | None, **more: Any) -> Any:
+        return self.row("complete_stripe_request", request_id=request_id, status=status, body=body, **more)
+
+    def get_user_subscription_state(self, user_id: str | None) -> Any:
+        return self.row("get_user_subscription_state", user_id=user_id)[0]
+
+    def update_subscription_cache(self, user_id: str | None) -> Any:
+        return self.row("update_subscription_cache", user_id=user_id)[0]
+
+    def clear_expired_subscription_cache(self) -> int:
+        value: int = self.row("clear_expired_subscription_cache")[0]
+        return value
+
+    def clear_all_subscription_cache(self) -> int:
+        value: int = self.row("clear_all_subscription_cache")[0]
+        return value
+
+    def get_subscription_cache_status(self) -> Any:
+        return self.row("get_subscription_cache_status")
+
+    def get_cache_cleanup_history(self, **more: Any) -> list[Any]:
+        return self.rows("get_cache_cleanup_history", **more)
+
+    def use_credits_validated(self, user_id: str | None, amount: Amount | None, **more: Any) -> Any:
+        return self.row("use_credits_validated", user_id=user_id, amount=amount, **more)
+
+    def add_subscription_credits(
+        self,
+        customer_id: str | None,
+        invoice_id: str | None,
+        subscription_id: str | None,
+        credits_: Amount | None,
+        **more: Any,
+    ) -> Any:
+        return self.row(
+            "add_subscription_credits",
+            customer_id=customer_id,
+            invoice_id=invoice_id,
+            subscription_id=subscription_id,
+            credits=credits_,
+            **more,
+        )
+
+    def get_or_create_stripe_customer(self, user_id: str | None, **more: Any) -> Any:
+        return self.row("get_or_create_stripe_customer", user_id=user_id, **more)

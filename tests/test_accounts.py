@@ -84,7 +84,7 @@ def test_thawing_lets_the_account_spend_again_and_forgets_the_reason(ledger: Led
 
 def test_a_closed_account_is_neither_frozen_nor_thawed_but_can_be_read(ledger: Ledger) -> None:
     ledger.open("alpha", 10)
-    ledger.change("update credits.accounts set status = 'closed'")
+    ledger.set_status("closed")
     with ledger.unchanged():
         for verb in (ledger.freeze_account, ledger.unfreeze_account):
             with refused(423, "account_closed", status="closed"):

@@ -11,13 +11,18 @@ from psycopg import Connection
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-STATEMENTS = re.findall(r"^(select .*;)\s+-- (.*)$", README, re.MULTILINE)
+STRIPE = (ROOT / "docs/stripe.md").read_text()
+SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "sql").glob("*.sql"))}
+TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
-def test_the_statements_of_the_readme_answer_what_it_prints(client: Client, conn: Connection[Any]) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md"])
+def test_the_statements_of_the_manual_answer_what_it_prints(page: str, client: Client, conn: Connection[Any]) -> None:
     client.open_account(account_id="user_1")
-    assert len(STATEMENTS) >= 5
-    for statement, expected in STATEMENTS:
+    conn.execute("select credits.load_demo_catalog()")
+    statements = re.findall(r"^(select .*;)\s+-- (.*)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert len(statements) >= 5
+    for statement, expected in statements:
         row = conn.execute(statement).fetchone()
         assert row
         assert " | ".join({True: "t", False: "f"}.get(value, str(value)) for value in row) == expected, statement
@@ -28,8 +33,59 @@ def test_the_reference_is_what_the_comments_say(owner: Connection[Any]) -> None:
     assert page == (ROOT / "docs/reference.md").read_text(), "run: python docs/reference.py DSN > docs/reference.md"
 
 
+@pytest.mark.parametrize("page", TABLES["PAGES"])
+def test_what_the_manual_shows_of_rows_is_what_they_are(page: str, owner: Connection[Any]) -> None:
+    text = (ROOT / page).read_text()
+    assert "<!-- rows: " in text
+    assert TABLES["filled"](text, owner) == text, "run: python docs/tables.py DSN"
+
+
+def test_all_that_can_be_shown_of_rows_is_shown() -> None:
+    pages = "".join((ROOT / page).read_text() for page in TABLES["PAGES"])
+    assert set(re.findall(r"<!-- rows: (\w+) -->", pages)) == set(TABLES["BLOCKS"])
+
+
+def test_the_manual_names_the_events_to_select(owner: Connection[Any]) -> None:
+    """All of them are handled, and of every family that is, some are selected."""
+    rows = owner.execute("select event_type from credits.stripe_handlers where event_type !~ %s", [TABLES["UNASKED"]])
+    handled = {event_type for (event_type,) in rows}
+    block = STRIPE.split("Select these events")[1].split("```")[1]
+    selected = block.split()
+    assert len(set(selected)) == len(selected)
+    assert set(selected) <= handled
+    assert {name.rpartition(".")[0] for name in selected} == {name.rpartition(".")[0] for name in handled}
+
+
+def test_the_manual_names_every_reason_to_park_or_ignore_an_event() -> None:
+    sources = "".join(SOURCES.values())
+    given = {("parked", reason) for reason in re.findall(r"_park\('(\w+)'", sources)}
+    given |= {("ignored", reason) for reason in re.findall(r"(?:_ignored\(|\.reason\s+:= )'(\w+)'", sources)}
+    rows = re.findall(r"^\| (`.*?) \| (parked|ignored) \|", STRIPE, re.MULTILINE)
+    assert {(outcome, reason) for reasons, outcome in rows for reason in re.findall(r"`(\w+)`", reasons)} == given
+
+
+def test_the_manual_names_every_purpose_of_a_request_to_stripe() -> None:
+    section = STRIPE.split("## Requests to Stripe")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`\w+`.*?) \|", section, re.MULTILINE)[1:]
+    purposes = {purpose for row in rows for purpose in re.findall(r"`(\w+)`", row)}
+    assert purposes == {purpose for text in SOURCES.values() for purpose in re.findall(r"_request\('(\w+)'", text)}
+
+
+def test_the_manual_names_the_notification_of_every_effect() -> None:
+    effect = r"function credits\.(\w+)\(.*\)\nreturns void .* credits\._tell_move\(.*'(\w+)'\)"
+    told = dict(re.findall(effect, SOURCES["50_subscriptions"]))
+    assert told
+    page = (ROOT / "docs/subscriptions.md").read_text()
+    assert dict(re.findall(r"^\| `(_\w+)` \| `(\w+)` \|$", page, re.MULTILINE)) == told
+
+
+def test_the_map_of_sql_names_every_file() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "sql/README.md").read_text(), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(SOURCES)
+
+
 def test_the_readme_names_every_error_that_the_functions_raise() -> None:
-    sources = "".join(path.read_text() for path in (ROOT / "sql").glob("*.sql"))
+    sources = "".join(SOURCES.values())
     raised = set(re.findall(r"_fail\((\d{3}), '(\w+[a-z])'", sources))
     raised |= {("423", "account_frozen"), ("423", "account_closed")}  # put together from the status
     rows = re.findall(r"^\| `PT(\d{3})` \| (.*?) \|", README, re.MULTILINE)
@@ -49,8 +105,8 @@ def test_the_readme_names_every_verb(owner: Connection[Any]) -> None:
 
 
 def test_the_concepts_name_every_finding_of_the_audit() -> None:
-    source = (ROOT / "sql/26_proof.sql").read_text()
-    found = set(re.findall(r"^    select '(\w+)'", source, re.MULTILINE))
+    source = SOURCES["26_proof"] + SOURCES["27_stripe_audit"]
+    found = set(re.findall(r"^ +select '(\w+)', ", source, re.MULTILINE))
     section = (ROOT / "docs/concepts.md").read_text().split("## What audit() finds")[1]
     assert set(re.findall(r"`(\w+_\w+)`", section)) == found
 

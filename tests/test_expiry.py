@@ -186,27 +186,31 @@ def test_a_refund_to_an_expired_grant_is_booked_as_expired(ledger: Ledger) -> No
 
 
 @pytest.mark.parametrize(
-    ("opened", "ends"),
+    ("opened", "ends", "next_ends"),
     [
-        (datetime(2030, 1, 31, 12, tzinfo=UTC), datetime(2030, 2, 28, 12, tzinfo=UTC)),
-        (datetime(2032, 1, 31, 12, tzinfo=UTC), datetime(2032, 2, 29, 12, tzinfo=UTC)),
-        (datetime(2030, 3, 31, 23, 30, tzinfo=UTC), datetime(2030, 4, 30, 23, 30, tzinfo=UTC)),
-        (datetime(2030, 12, 15, tzinfo=UTC), datetime(2031, 1, 15, tzinfo=UTC)),
+        ("2030-01-31 12:00", "2030-02-28 12:00", "2030-03-31 12:00"),
+        ("2032-01-31 12:00", "2032-02-29 12:00", "2032-03-31 12:00"),
+        ("2030-03-31 23:30", "2030-04-30 23:30", "2030-05-31 23:30"),
+        ("2030-12-15 00:00", "2031-01-15 00:00", "2031-02-15 00:00"),
     ],
 )
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Pacific/Auckland"])
-def test_plan_credits_come_with_the_opening_and_end_a_month_later(
-    ledger: Ledger, opened: datetime, ends: datetime, zone: str
+def test_plan_credits_come_with_the_opening_end_a_month_later_and_come_again(
+    ledger: Ledger, opened: str, ends: str, next_ends: str, zone: str
 ) -> None:
     ledger.rows("load_demo_catalog")
     ledger.conn.execute("select set_config('timezone', %s, true)", [zone])
-    ledger.now = opened
+    ledger.now, end, next_end = (datetime.fromisoformat(at).replace(tzinfo=UTC) for at in (opened, ends, next_ends))
     ledger.open_account("beta", plan="team")
     ledger.open_account("beta", plan="team")
     row = ledger.get_balance("beta")
-    assert (row.available, row.plan, row.by_kind, row.next_expiry_at) == (2000, "team", {"plan": 2000}, ends)
-    ledger.now = ends
-    assert ledger.available("beta") == 0
+    assert (row.available, row.plan, row.by_kind, row.next_expiry_at) == (2000, "team", {"plan": 2000}, end)
+    ledger.use(1500, "beta")
+    ledger.now = end - TICK
+    assert ledger.available("beta") == 500
+    ledger.now = end
+    row = ledger.get_balance("beta")
+    assert (row.available, row.by_kind, row.next_expiry_at) == (2000, {"plan": 2000}, next_end)
 
 
 def play(ledger: Ledger, account_id: str) -> None:

@@ -81,7 +81,7 @@ def test_the_same_moment_in_another_zone_is_the_same_argument(ledger: Ledger) ->
 
 @pytest.mark.parametrize(("status", "works"), [("frozen", True), ("closed", False)])
 def test_a_frozen_account_receives_and_a_closed_one_does_not(ledger: Ledger, status: str, works: bool) -> None:
-    ledger.change("update credits.accounts set status = %s", status)
+    ledger.set_status(status)
     if works:
         assert ledger.grant(5).balance == 5
     else:

@@ -68,6 +68,35 @@ def test_a_killed_deploy_leaves_nothing_behind(empty_database: Database) -> None
     assert migrate.migrate(empty_database.dsn) == ALL
 
 
+USES = """
+do $$
+declare v_type record;
+begin
+  for v_type in
+    select t.typname from pg_type t join pg_class c on c.oid = t.typrelid
+     where t.typnamespace = 'credits'::regnamespace and c.relkind = 'c'
+  loop
+    execute format('create function credits._earlier_%1$s(x credits.%1$I) returns credits.%1$I'
+                   ' language sql as $f$ select x $f$', v_type.typname);
+  end loop;
+end $$;
+"""
+
+
+@pytest.mark.parametrize("known", range(1, len(ALL)))
+def test_functions_of_an_earlier_version_are_no_obstacle(empty_database: Database, home: Path, known: int) -> None:
+    for path in (home / "sql").glob("*.sql"):
+        path.unlink()
+    for name in ALL[known:]:
+        (home / "migrations" / f"{name}.sql").unlink()
+    migrate.migrate(empty_database.dsn, home)
+    with empty_database.connect(OWNER) as conn:
+        conn.execute("set role credits_owner")
+        conn.execute(USES)
+        conn.commit()
+    assert migrate.migrate(empty_database.dsn) == ALL[known:]
+
+
 Break = Callable[[Path], None]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound
+from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, session, told
 from psycopg import Connection
 from servers import Database
 
@@ -17,7 +17,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def busy(ledger: Ledger) -> None:
-    """Two accounts with entries of every kind, an open reservation, a debt and a purchase."""
+    """Three accounts with entries of every kind, an open reservation, a debt, and a refund that failed."""
     ledger.rows("load_demo_catalog")
     ledger.open("alpha", 100, "0.000001")
     ledger.open("beta", 20)
@@ -40,12 +40,42 @@ def busy(ledger: Ledger) -> None:
     ledger.reserve("cy", 10, "over")
     ledger.settle("cy", "over", 25, on_overage="overflow")
     ledger.grant(30, "cy")
-    ledger.receive_stripe_event("default", EVENT)
+    ledger.receive_stripe_event("default", bought("evt_1", "alpha"))
+    ledger.receive_stripe_event("default", bought("evt_2", "cy"))
+    ledger.use(400, "cy")
+    ledger.receive_stripe_event("default", refund("evt_3", "succeeded"))
+    ledger.grant(100, "cy")
+    ledger.receive_stripe_event("default", refund("evt_4", "failed"))
+    ledger.receive_stripe_event("default", told("evt_5", "customer.subscription.created", SUBSCRIPTION))
+    ledger.receive_stripe_event("default", told("evt_6", "invoice.paid", INVOICE))
 
 
-EVENT = """{"id": "evt_1", "type": "checkout.session.completed", "created": 1893456000, "data": {"object": {
-  "id": "cs_1", "mode": "payment", "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000,
-  "currency": "usd", "metadata": {"account_id": "alpha", "package": "starter"}}}}"""
+def bought(event_id: str, account_id: str) -> str:
+    """A package is bought, at Stripe."""
+    metadata = {"account_id": account_id, "package": "starter"}
+    about = session(f"cs_{account_id}", customer=None, payment_intent=f"pi_{account_id}", metadata=metadata)
+    return told(event_id, "checkout.session.completed", about)
+
+
+def refund(event_id: str, status: str) -> str:
+    """A purchase is paid back in full, or could not be."""
+    return told(event_id, "refund.updated", {
+        "id": "re_1", "object": "refund", "payment_intent": "pi_cy", "charge": None, "amount": 1000, "currency": "usd",
+        "status": status,
+    })  # fmt: skip
+
+
+SUBSCRIPTION = {
+    "id": "sub_1", "object": "subscription", "status": "active", "customer": "cus_1", "metadata": {"account_id": "cy"},
+}  # fmt: skip
+INVOICE = {
+    "id": "in_1", "object": "invoice", "status": "paid", "customer": "cus_1", "subscription": "sub_1", "total": 500,
+    "lines": {"data": [{
+        "id": "il_1", "amount": 500, "quantity": 1, "subscription": "sub_1",
+        "period": {"start": int(NOON.timestamp()), "end": int((NOON + 28 * DAY).timestamp())},
+        "price": {"id": "price_1", "recurring": {"interval": "month"}, "metadata": {"credits": "500"}},
+    }]},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -137,6 +167,7 @@ LAST = "entry_seq = (select max(entry_seq) from credits.entries where account_id
 CHAIN, HEAD = "entries_are_numbered_and_chained", "balance_holds_the_head"
 HELD, SUM = "held_is_the_sum_of_open_reservations", "balance_is_the_sum_of_entries"
 LOT, LOTS = "grant_is_what_its_entries_say", "grants_sum_to_the_balance"
+ACCOUNT = "balance_knows_its_account"
 
 
 def entry(change: str) -> str:
@@ -157,6 +188,12 @@ def hold(change: str) -> str:
 FORGED_GRANT = """
   insert into credits.grants (account_id, kind, status, priority, amount, remaining, effective_at, created_at)
   values ('alpha', 'gift', 'active', 0, 5, 5, now(), now())"""
+TWO_PLANS = """
+  insert into credits.subscriptions (account_id, subscription_id, source, state, anchor_at, created_at)
+  select 'alpha', 'plan-' || n, 'internal', 'active', now(), now() from generate_series(1, 2) n"""
+REFUNDED = (
+    """update credits.stripe_objects set snapshot = snapshot || '{"status": "succeeded"}' where kind = 'refund'"""
+)
 KEY_TWICE = """
   alter table credits.entries drop constraint entries_one_per_key;
   update credits.entries set key = 'm1' where account_id = 'alpha' and key = 'm2'"""
@@ -193,6 +230,8 @@ TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the
     (LOT, lots("owed = owed + 1", "revoked + owed < amount")),
     (LOT, lots("remaining = remaining - 1, held = held + 1", "remaining > 1")),
     (LOT, hold("grant_amounts = array[grant_amounts[1] + 1]")),
+    (ACCOUNT, "update credits.accounts set status = 'frozen' where account_id = 'alpha'"),
+    (ACCOUNT, lots("scope = '{songs}'")),
     ("nothing_falls_due_unseen", "update credits.balances set next_due_at = 'infinity' where account_id = 'alpha'"),
 ]  # fmt: skip
 
@@ -210,6 +249,18 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("completed_purchases_have_their_grant", "update credits.purchases set credits = credits + 1"),
     ("completed_purchases_have_their_grant", "delete from credits.stripe_facts"),
     ("facts_have_their_purchase", "delete from credits.purchases"),
+    ("paid_invoices_have_granted", "delete from credits.stripe_facts where kind = 'invoice'"),
+    ("paid_lines_have_their_grant", "update credits.allowances set credits = 501, first_credits = 501"),
+    ("paid_lines_have_their_grant", "update credits.allowances set first_credits = 499"),
+    ("paid_lines_have_their_grant", "delete from credits.plan_grants"),
+    ("subscriptions_are_as_mirrored", "update credits.subscriptions set status = 'past_due'"),
+    ("subscriptions_are_as_mirrored", "delete from credits.stripe_objects where kind = 'subscription'"),
+    ("one_plan_of_our_own", TWO_PLANS),
+    ("clawbacks_reach_their_target", "update credits.clawbacks set firm = 1, target = 1"),
+    ("clawbacks_reach_their_target", "update credits.clawbacks set taken = 1"),
+    ("clawbacks_reach_their_target", "update credits.clawbacks set owed = 1"),
+    ("clawbacks_reach_their_target", REFUNDED),
+    ("clawbacks_reach_their_target", "delete from credits.clawbacks; " + REFUNDED),
 ]  # fmt: skip
 
 

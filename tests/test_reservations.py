@@ -353,7 +353,7 @@ def test_work_in_flight_goes_on_while_the_account_is_frozen(ledger: Ledger) -> N
 
 
 def test_a_closed_account_refuses_new_reservations(ledger: Ledger) -> None:
-    ledger.change("update credits.accounts set status = 'closed'")
+    ledger.set_status("closed")
     with refused(423, "account_closed"):
         ledger.reserve("alpha", 1, "r")
 

@@ -93,7 +93,7 @@ def test_a_key_belongs_to_its_account_and_operation(ledger: Ledger) -> None:
 def test_an_account_that_may_not_spend_is_refused_before_its_balance_matters(
     ledger: Ledger, status: str, code: str
 ) -> None:
-    ledger.change("update credits.accounts set status = %s", status)
+    ledger.set_status(status)
     for amount in (5, 500):
         with ledger.unchanged(), refused(423, code, account_id="alpha", status=status):
             ledger.use(amount)

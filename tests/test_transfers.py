@@ -99,7 +99,7 @@ def test_a_key_belongs_to_the_giver(ledger: Ledger) -> None:
 def test_an_account_that_may_not_give_or_take_is_refused(
     ledger: Ledger, account_id: str, status: str, code: str
 ) -> None:
-    ledger.change("update credits.accounts set status = %s where account_id = %s", status, account_id)
+    ledger.set_status(status, account_id)
     with ledger.unchanged(), refused(423, code, account_id=account_id):
         ledger.transfer_credits("alpha", "beta", 5, key="t")
 

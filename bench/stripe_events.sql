@@ -1,0 +1,1 @@
+select floor.apply_next(:last);

@@ -1,0 +1,84 @@
+-- What must hold between Stripe's objects, as they are mirrored, and the ledger. Part of audit().
+
+create or replace function credits._audit_stripe()
+returns setof credits.audit_finding
+language plpgsql
+stable
+as $$
+begin
+  return query
+    select 'paid_invoices_have_granted', null::text, jsonb_build_object('invoice_id', i.invoice_id)
+      from credits.stripe_invoices i
+     where i.paid and i.subscription_id is not null
+       and not exists (select from credits.stripe_facts f where f.kind = 'invoice' and f.ref = i.invoice_id);
+  return query
+    select 'paid_lines_have_their_grant', a.account_id,
+           jsonb_build_object('allowance_id', a.allowance_id, 'entitled', s.target, 'granted', s.granted)
+      from credits.allowances a
+      left join lateral credits._line_shares(a.account_id, a.subscription_id, a.slice_end) s
+        on s.allowance_id = a.allowance_id and a.kind = 'plan'
+     where a.sign = 1 and a.kind = 'plan' and s.granted is distinct from s.target;
+  return query
+    select 'paid_lines_have_their_grant', a.account_id,
+           jsonb_build_object('allowance_id', a.allowance_id, 'entitled', a.first_credits, 'granted', sum(g.amount))
+      from credits.allowances a
+      left join credits.plan_grants p on p.account_id = a.account_id and p.allowance_id = a.allowance_id
+      left join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
+     where a.sign = 1 and a.kind <> 'plan'
+     group by a.account_id, a.allowance_id, a.first_credits
+    having a.first_credits is distinct from sum(g.amount);
+  return query
+    select 'subscriptions_are_as_mirrored', s.account_id,
+           jsonb_build_object('subscription_id', s.subscription_id, 'status', s.status)
+      from credits.subscriptions s
+      left join credits.stripe_objects o on o.kind = 'subscription' and o.object_id = s.subscription_id
+     where s.source = 'stripe' and s.status is distinct from coalesce((credits._shape_subscription(o.snapshot)).status, 'unknown');
+  return query
+    select 'one_plan_of_our_own', s.account_id, jsonb_build_object('plans', count(*))
+      from credits.subscriptions s
+     where s.source = 'internal' and s.state in ('active', 'canceling')
+     group by s.account_id
+    having count(*) > 1;
+  return query select f.* from credits._audit_clawbacks() f;
+end $$;
+
+-- Every grant that a payment has bought stands where the payment says: nothing refunded is forgotten, and as much was taken as
+-- there was to take.
+create or replace function credits._audit_clawbacks()
+returns setof credits.audit_finding
+language sql
+stable
+as $$
+  with sources as (
+    select c.source_kind, c.source_id from credits.clawbacks c
+    union
+    select p.source_kind, p.source_id
+      from credits.stripe_objects o
+      left join credits.stripe_objects h on o.kind <> 'charge' and h.kind = 'charge' and h.object_id = o.ref
+      join credits.stripe_payments p on p.payment_id = coalesce(h.ref, o.ref)
+     where p.source_kind is not null
+       and (o.kind in ('refund', 'dispute') or o.kind = 'charge' and (credits._shape_charge(o.snapshot)).refunded > 0)
+  ), bought as (
+    select s.source_kind, s.source_id, p.account_id, p.grant_id
+      from sources s
+      join credits.purchases p on s.source_kind = 'session' and p.stripe_session_id = s.source_id and p.grant_id is not null
+    union all
+    select s.source_kind, s.source_id, p.account_id, p.grant_id
+      from sources s
+      join credits.plan_grants p on s.source_kind = 'invoice' and p.invoice_id = s.source_id
+  )
+  select 'clawbacks_reach_their_target', b.account_id,
+         jsonb_build_object('grant_id', b.grant_id, 'source', b.source_id, 'firm', c.firm, 'target', c.target, 'taken', c.taken,
+                            'owed', c.owed, 'expected_firm', t.firm)
+    from bought b
+    join credits.grants g on g.account_id = b.account_id and g.grant_id = b.grant_id and g.status <> 'pending'
+    left join credits.clawbacks c on c.account_id = b.account_id and c.grant_id = b.grant_id,
+         lateral (select trim_scale(round(credits._bought(g) * credits._share(p.refunded + p.lost, p.captured), 6)) as firm
+                    from credits._payment_totals(b.source_kind, b.source_id) p) t
+   where coalesce(c.firm, 0) <> t.firm
+      or c.taken > c.target
+      or c.owed > greatest(0, c.firm - c.taken)
+      or c.taken > g.revoked
+      or c.owed > g.owed
+      or c.taken + c.owed < c.firm and g.amount > g.expired + g.revoked + g.owed
+$$;

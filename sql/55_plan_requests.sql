@@ -1,0 +1,180 @@
+-- What Stripe is asked to do with a subscription, and what its schedules say is to come. The state follows when Stripe says so.
+
+-- Now: the price of the leading item changes and is invoiced at once; what cannot be paid does not come into effect.
+-- At the period's end: a schedule, made in two steps, since Stripe lets a schedule be made of a subscription only as it is.
+create or replace function credits._request_plan(
+  subscription credits.subscriptions,
+  plan         text,
+  at           text
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_sub      credits.subscriptions := _request_plan.subscription;
+  v_price    text := (select p.stripe_price_ids[cardinality(p.stripe_price_ids)]
+                        from credits.plans p where p.code = _request_plan.plan);
+  v_item     text := (select i.item_id
+                        from credits.subscription_items i
+                       where i.account_id = v_sub.account_id and i.subscription_id = v_sub.subscription_id
+                       order by i.price_id is distinct from v_sub.price_id, i.item_id
+                       limit 1);
+  v_schedule text := credits._schedule_of(v_sub.subscription_id);
+begin
+  if v_price is null or v_item is null then
+    perform credits._fail(404, 'price_not_found', jsonb_build_object('plan', _request_plan.plan),
+      'Give the plan its stripe_price_ids: a plan without a price cannot be sold at Stripe.');
+  end if;
+  perform credits._withdraw(v_sub.subscription_id, array_remove(
+    array['change_plan', 'schedule_plan', 'schedule_phases', 'release_plan'],
+    case when _request_plan.plan = v_sub.plan then 'release_plan' when _request_plan.at = 'now' then 'change_plan'
+         when v_schedule is null then 'schedule_plan' else 'schedule_phases' end));
+  if _request_plan.plan = v_sub.plan then
+    perform credits._request('release_plan', v_sub.subscription_id, 'post',
+                             '/v1/subscription_schedules/' || v_schedule || '/release', '{}', v_sub.account_id)
+      where v_schedule is not null;
+    update credits.subscriptions s
+       set pending_plan = null, pending_at = null
+     where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
+  elsif _request_plan.at = 'now' then
+    perform credits._request('change_plan', v_sub.subscription_id, 'post', '/v1/subscriptions/' || v_sub.subscription_id,
+      jsonb_build_object('items', jsonb_build_array(jsonb_build_object('id', v_item, 'price', v_price)),
+                         'proration_behavior', 'always_invoice', 'payment_behavior', 'pending_if_incomplete'),
+      v_sub.account_id);
+  else
+    update credits.subscriptions s
+       set pending_plan = _request_plan.plan, pending_at = s.period_end
+     where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id
+    returning s.* into v_sub;
+    if v_schedule is null then
+      perform credits._request('schedule_plan', v_sub.subscription_id, 'post', '/v1/subscription_schedules',
+        jsonb_build_object('from_subscription', v_sub.subscription_id), v_sub.account_id);
+    else
+      perform credits._request_phases(v_sub, v_schedule);
+    end if;
+  end if;
+end $$;
+
+-- Of several words before Stripe was asked the last one counts: other ones of its family are withdrawn. What was sent stands.
+create or replace function credits._withdraw(
+  subscription_id text,
+  purposes        text[]
+)
+returns void
+language sql
+as $$
+  update credits.stripe_requests r
+     set state = 'failed', error_type = 'withdrawn', finished_at = credits.now()
+   where r.ref = _withdraw.subscription_id and r.purpose = any (_withdraw.purposes)
+     and r.state = 'queued' and r.first_sent_at is null
+$$;
+
+-- The second step: what runs stays until the period's end, then the pending plan takes over and the schedule lets go.
+create or replace function credits._request_phases(
+  subscription credits.subscriptions,
+  schedule_id  text
+)
+returns void
+language sql
+as $$
+  select credits._request('schedule_phases', s.subscription_id, 'post', '/v1/subscription_schedules/' || _request_phases.schedule_id,
+           jsonb_build_object('end_behavior', 'release', 'phases', jsonb_build_array(
+             jsonb_build_object('start_date', extract(epoch from s.period_start)::bigint,
+                                'end_date', extract(epoch from s.period_end)::bigint,
+                                'items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('price', s.price_id, 'quantity', s.quantity)))),
+             jsonb_build_object('items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
+               'price', p.stripe_price_ids[cardinality(p.stripe_price_ids)], 'quantity', s.quantity)))))),
+           s.account_id)
+    from (select (_request_phases.subscription).*) s
+    join credits.plans p on p.code = s.pending_plan
+$$;
+
+create or replace function credits._request_cancel(
+  subscription credits.subscriptions,
+  at           text
+)
+returns void
+language sql
+as $$
+  select credits._withdraw((_request_cancel.subscription).subscription_id, array['resume_plan']);
+  select credits._request('cancel_plan', (_request_cancel.subscription).subscription_id,
+           case _request_cancel.at when 'now' then 'delete' else 'post' end,
+           '/v1/subscriptions/' || (_request_cancel.subscription).subscription_id,
+           case _request_cancel.at when 'now' then '{}' else '{"cancel_at_period_end": true}' end::jsonb,
+           (_request_cancel.subscription).account_id)
+$$;
+
+create or replace function credits._request_resume(subscription credits.subscriptions)
+returns void
+language sql
+as $$
+  select credits._withdraw((_request_resume.subscription).subscription_id, array['cancel_plan']);
+  select credits._request('resume_plan', (_request_resume.subscription).subscription_id, 'post',
+           '/v1/subscriptions/' || (_request_resume.subscription).subscription_id,
+           '{"cancel_at_period_end": false}', (_request_resume.subscription).account_id)
+$$;
+
+-- Schedules ---------------------------------------------------------------------------------------------------------
+
+create or replace function credits._on_schedule(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+declare
+  v_schedule credits.schedule_shape := credits._shape_schedule((_on_schedule.notice).object);
+  v_current  boolean := credits._mirror(_on_schedule.notice, v_schedule.subscription_id);
+  v_sub      credits.subscriptions;
+begin
+  select s.* into v_sub
+    from credits.stripe_facts f
+    join credits.subscriptions s on s.account_id = f.account_id and s.subscription_id = f.ref
+   where f.kind = 'subscription' and f.ref = v_schedule.subscription_id;
+  if found then
+    perform credits._lock_account(v_sub.account_id);
+    if (_on_schedule.notice).retrieved and v_sub.pending_plan is not null and v_schedule.next_at is null then
+      perform credits._request_phases(v_sub, v_schedule.schedule_id);
+    end if;
+    perform credits._refresh_pending(v_sub.account_id, v_sub.subscription_id);
+    perform credits._forget_subscription(v_sub.account_id);
+  end if;
+  return credits._mirrored(v_current);
+end $$;
+
+-- What is pending follows from the subscription's schedule, whichever of them was seen last. Until Stripe has the schedule
+-- that we asked for, our own word stands.
+create or replace function credits._refresh_pending(
+  account_id      text,
+  subscription_id text
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_schedule_id text := credits._schedule_of(_refresh_pending.subscription_id);
+  v_schedule    credits.schedule_shape := credits._shape_schedule(credits._snapshot('subscription_schedule', v_schedule_id));
+begin
+  if v_schedule_id is not null and v_schedule.schedule_id is null then
+    perform credits._request_object('subscription_schedule', v_schedule_id);
+    return;
+  elsif exists (select from credits.stripe_requests r
+                 where r.purpose in ('schedule_plan', 'schedule_phases') and r.ref = _refresh_pending.subscription_id
+                   and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')) then
+    return;
+  end if;
+  update credits.subscriptions s
+     set pending_plan = n.plan, pending_at = n.at
+    from (values (1)) x
+    left join lateral (select credits._plan_of_price(v_schedule.next_price_id, null) as plan, v_schedule.next_at as at
+                        where v_schedule.status in ('not_started', 'active')
+                          and credits._plan_of_price(v_schedule.next_price_id, null) is not null) n on true
+   where s.account_id = _refresh_pending.account_id and s.subscription_id = _refresh_pending.subscription_id
+     and (s.pending_plan, s.pending_at) is distinct from (n.plan, n.at);
+end $$;
+
+create or replace function credits._schedule_of(subscription_id text)
+returns text
+language sql
+stable
+as $$
+  select (credits._shape_subscription(credits._snapshot('subscription', _schedule_of.subscription_id))).schedule_id
+$$;

@@ -1,0 +1,804 @@
+"""Plans of our own: months that come on time without any job, changes that grant what is due once, ends that keep."""
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import pairwise
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+from client import CreditsError
+from ledger_support import DAY, HOUR, MINUTE, NOON, SECOND, TICK, Ledger, assert_sound, committed, refused, together
+from psycopg import Connection
+from servers import Database
+
+PLANS = """
+  insert into credits.plans (code, name, monthly_credits, rollover, rollover_cap, stripe_price_ids) values
+    ('basic', 'Basic', 300,  'none', null, '{price_basic}'),
+    ('pro',   'Pro',   900,  'none', null, '{price_old, price_pro}'),
+    ('max',   'Max',   2000, 'none', null, '{}'),
+    ('zero',  'Zero',  0,    'none', null, '{}'),
+    ('all',   'All',   100,  'all',  null, '{}'),
+    ('cap',   'Cap',   100,  'cap',  150,  '{}'),
+    ('old',   'Old',   50,   'none', null, '{}')"""
+MONTHS = [  # anniversaries of NOON, 31 January
+    datetime(2030, 2, 28, 12, tzinfo=UTC), datetime(2030, 3, 31, 12, tzinfo=UTC), datetime(2030, 4, 30, 12, tzinfo=UTC),
+    datetime(2030, 5, 31, 12, tzinfo=UTC), datetime(2030, 6, 30, 12, tzinfo=UTC), datetime(2030, 7, 31, 12, tzinfo=UTC),
+]  # fmt: skip
+FEBRUARY = MONTHS[0]
+HALF = NOON + 14 * DAY  # of the first month
+
+
+def prepare(ledger: Ledger) -> None:
+    """Plans of every kind; one is sold no more."""
+    ledger.change(PLANS)
+    ledger.change("update credits.plans set active = false where code = 'old'")
+
+
+@pytest.fixture
+def ledger(conn: Connection[Any]) -> Ledger:
+    ledger = Ledger(conn)
+    prepare(ledger)
+    return ledger
+
+
+def state(ledger: Ledger, account_id: str = "alpha") -> Any:
+    """How the account's subscription stands."""
+    return ledger.get_subscription_state(account_id)
+
+
+def lots(ledger: Ledger, account_id: str = "alpha") -> list[tuple[Any, ...]]:
+    """Every grant that has started: when, until when, and what became of it."""
+    return sorted(
+        (g.effective_at, g.expires_at, g.amount, g.remaining, g.held, g.consumed, g.expired)
+        for g in ledger.table("grants", "account_id = %s and status <> 'pending'", account_id)
+    )
+
+
+# Months --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_month_ends_and_the_next_one_begins_at_the_very_instant(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.use(200)
+    for end, next_end in pairwise(MONTHS):
+        ledger.now = end - TICK
+        assert (ledger.available(), state(ledger).period_end) == (700, end)
+        ledger.now = end
+        row = ledger.get_balance("alpha")
+        assert (row.available, row.by_kind, row.next_expiry_at, row.pending) == (900, {"plan": 900}, next_end, 0)
+        assert (state(ledger).period_start, state(ledger).period_end) == (end, next_end)
+        ledger.use(200)
+    assert ledger.kinds()[:5] == [("grant", 900), ("spend", -200), ("grant", 900), ("expire", -700), ("spend", -200)]
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("months", [1, 2, 3, 6])
+def test_the_first_look_after_months_of_silence_is_right(ledger: Ledger, months: int) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.use(200)
+    ledger.now = MONTHS[months - 1] + DAY
+    with ledger.unchanged():
+        read, seen = ledger.get_balance("alpha"), state(ledger)
+    assert (read.available, read.balance, read.plan) == (900, 900, "pro")
+    assert (seen.state, seen.plan, seen.period_start) == ("active", "pro", MONTHS[months - 1])
+    ledger.book()
+    assert ledger.get_balance("alpha")._replace(entry_seq=0) == read._replace(entry_seq=0)
+    assert state(ledger) == seen
+    assert ledger.kinds().count(("grant", 900)) == months + 1
+    ledger.use(900)
+    assert_sound(ledger)
+
+
+def nth_month(anchor: datetime, number: int, zone: str) -> datetime:
+    """The nth anniversary in a time zone, clamped to the end of its month."""
+    local = anchor.astimezone(ZoneInfo(zone))
+    years, month = divmod(local.month - 1 + number, 12)
+    first = local.replace(year=local.year + years, month=month + 1, day=1, tzinfo=None)
+    days = ((first + 31 * DAY).replace(day=1) - first).days
+    return first.replace(day=min(local.day, days), tzinfo=ZoneInfo(zone)).astimezone(UTC)
+
+
+@pytest.mark.parametrize(
+    ("zone", "anchor"),
+    [
+        ("UTC", NOON),
+        ("Europe/Berlin", NOON),  # summer begins on 31 March 2030
+        ("Europe/Berlin", datetime(2030, 1, 31, 1, 30, tzinfo=UTC)),  # 2:30, which that day does not have
+        ("America/New_York", datetime(2031, 8, 31, 3, tzinfo=UTC)),  # the 30th there
+        ("Pacific/Auckland", datetime(2031, 12, 31, 11, 30, tzinfo=UTC)),  # New Year there; a leap year follows
+    ],
+)
+def test_anniversaries_are_counted_from_the_first_day_in_the_time_zone_of_the_account(
+    ledger: Ledger, zone: str, anchor: datetime
+) -> None:
+    ledger.now = anchor
+    ledger.open("alpha")
+    assert ledger.set_time_zone("alpha", zone) == zone
+    ledger.change_plan("alpha", "basic")
+    for number in range(1, 15):
+        end = nth_month(anchor, number, zone)
+        assert state(ledger).period_end == end
+        ledger.now = end
+        assert ledger.available() == 300
+        ledger.use(number)
+    assert_sound(ledger)
+
+
+def test_a_new_time_zone_counts_from_the_next_month_on(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.set_time_zone("alpha", "Europe/Berlin")
+    assert state(ledger).period_end == FEBRUARY
+    ledger.now = FEBRUARY
+    assert state(ledger).period_end == MONTHS[1] - HOUR
+    ledger.now = MONTHS[1] - HOUR
+    assert ledger.available() == 300
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("zones", [("Europe/Berlin", "UTC"), ("Pacific/Kiritimati", "Pacific/Pago_Pago")])
+def test_a_new_time_zone_makes_no_month_of_an_hour(ledger: Ledger, zones: tuple[str, str]) -> None:
+    before, after = zones
+    ledger.open("alpha")
+    ledger.set_time_zone("alpha", before)
+    ledger.change_plan("alpha", "basic")
+    ledger.now = state(ledger).period_end
+    ledger.book()
+    ledger.set_time_zone("alpha", after)
+    for _ in range(3):
+        ledger.now = state(ledger).period_end
+        ledger.book()
+        assert state(ledger).period_end - state(ledger).period_start > 27 * DAY
+    assert_sound(ledger)
+
+
+def test_a_plan_without_credits_has_months_all_the_same(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="zero")
+    ledger.now = MONTHS[1]
+    ledger.book()
+    assert (state(ledger).state, state(ledger).period_start) == ("active", MONTHS[1])
+    assert ledger.kinds() == []
+    ledger.now += (MONTHS[2] - MONTHS[1]) / 2
+    ledger.change_plan("alpha", "basic")
+    assert ledger.available() == 150
+    ledger.change_plan("alpha", "zero")
+    assert ledger.available() == 150
+    ledger.now = MONTHS[2]
+    ledger.book()
+    assert ledger.available() == 0
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("plan", ["pro", "all", "cap"])
+def test_a_punctual_and_a_late_look_end_in_the_same(ledger: Ledger, plan: str) -> None:
+    for account_id in ("late", "punctual"):
+        ledger.now = NOON
+        ledger.open_account(account_id, plan=plan)
+        ledger.use(30, account_id)
+        ledger.grant(1000, account_id, effective_at=NOON + 20 * DAY, expires_at=NOON + 100 * DAY, kind="promo")
+        ledger.reserve(account_id, 20, "r", ttl=DAY)
+        ledger.change_plan(account_id, "basic", at="period_end")
+    while ledger.now < NOON + 70 * DAY:
+        ledger.now += 10 * HOUR
+        ledger.book("punctual")
+    ledger.book("late")
+    assert lots(ledger, "late") == lots(ledger, "punctual")
+    late, punctual = (state(ledger, name)._replace(account_id="") for name in ("late", "punctual"))
+    assert late == punctual
+    assert (late.plan, late.pending_plan) == ("basic", None)
+    rows = [ledger.get_balance(name)._replace(account_id="", entry_seq=0) for name in ("late", "punctual")]
+    assert rows[0] == rows[1]
+    assert_sound(ledger)
+
+
+def something(ledger: Ledger, dice: random.Random) -> None:
+    """Something happens to the account."""
+    match dice.randrange(6):
+        case 0:
+            ledger.change_plan("alpha", dice.choice(["basic", "pro"]), at=dice.choice(["now", "period_end"]))
+        case 1:
+            ledger.cancel_plan("alpha") if dice.random() < 0.3 else ledger.change_plan("alpha", "basic")
+        case 2:
+            ledger.reserve("alpha", max(1, ledger.available() // 2), ledger.key(), ttl=DAY)
+        case 3:
+            made = ledger.grant(dice.randrange(100, 900), kind="promo", expires_at=ledger.now + 40 * DAY)
+            ledger.use(made.amount)
+            ledger.revoke_grant("alpha", made.grant_id, key=ledger.key())
+        case 4:
+            ledger.grant(50, effective_at=ledger.now + dice.random() * 60 * DAY, kind="gift")
+        case _:
+            ledger.use(1)
+
+
+def test_a_read_is_what_a_booking_makes_of_it_after_any_silence(ledger: Ledger) -> None:
+    for seed in range(20):
+        dice = random.Random(seed)
+        with ledger.conn.transaction(force_rollback=True):
+            ledger.now = NOON
+            ledger.open_account("alpha", plan=dice.choice(["basic", "pro", "zero"]))
+            for _ in range(8):
+                ledger.now += dice.random() * 12 * DAY
+                with suppress(CreditsError):  # not all of it can be had
+                    something(ledger, dice)
+            for _ in range(6):
+                ledger.now += dice.random() * 80 * DAY
+                read, seen = ledger.get_balance("alpha"), state(ledger)
+                if dice.random() < 0.5:
+                    ledger.book()
+                    assert ledger.get_balance("alpha")._replace(entry_seq=0) == read._replace(entry_seq=0), seed
+                    assert state(ledger) == seen, seed
+            assert_sound(ledger)
+
+
+# Changes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_larger_plan_brings_the_difference_for_the_rest_of_the_month_once(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.now = HALF
+    assert ledger.change_plan("alpha", "pro").plan == "pro"
+    assert ledger.available() == 300 + 300
+    ledger.change_plan("alpha", "pro")
+    assert ledger.available() == 600
+    ledger.use(600)
+    for plan in ("basic", "pro", "zero", "pro", "basic", "pro"):
+        assert ledger.change_plan("alpha", plan).plan == plan
+        assert ledger.available() == 0
+    ledger.change_plan("alpha", "max")
+    assert ledger.available() == 550
+    ledger.change_plan("alpha", "zero")
+    ledger.now = FEBRUARY - TICK
+    ledger.change_plan("alpha", "max")
+    assert ledger.available() == 550
+    ledger.now = FEBRUARY
+    assert ledger.available() == 2000
+    assert_sound(ledger)
+
+
+def test_the_difference_is_rounded_once(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.now = NOON + 9 * DAY + 7 * HOUR + 11 * MINUTE + 13 * SECOND
+    ledger.change_plan("alpha", "pro")
+    left = (FEBRUARY - ledger.now) / SECOND
+    assert float(ledger.available()) == pytest.approx(300 + 600 * left / (28 * 86400), abs=1e-6)
+    assert ledger.table("grants", "status = 'active' and amount <> round(amount, 6)") == []
+
+
+def test_a_smaller_plan_takes_nothing_back_and_counts_from_the_next_month_on(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.now = HALF
+    assert ledger.change_plan("alpha", "basic").plan == "basic"
+    assert (ledger.available(), ledger.get_balance("alpha").plan) == (900, "basic")
+    ledger.now = FEBRUARY
+    assert ledger.available() == 300
+    ledger.change_plan("alpha", "pro")
+    assert ledger.available() == 900
+    ledger.now = MONTHS[1]
+    assert ledger.available() == 900
+    assert_sound(ledger)
+
+
+def test_a_change_at_the_end_of_the_period_waits_is_shown_and_comes(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.now = HALF
+    row = ledger.change_plan("alpha", "basic", at="period_end")
+    assert (row.plan, row.pending_plan, row.pending_at, row.state) == ("pro", "basic", FEBRUARY, "active")
+    ledger.now = FEBRUARY - TICK
+    assert (ledger.available(), state(ledger).plan) == (900, "pro")
+    ledger.now = FEBRUARY
+    seen, read = state(ledger), ledger.get_balance("alpha")
+    assert (read.available, read.plan) == (300, "basic")
+    assert (seen.plan, seen.pending_plan, seen.pending_at) == ("basic", None, None)
+    ledger.book()
+    assert state(ledger) == seen
+    assert ledger.get_balance("alpha")._replace(entry_seq=0) == read._replace(entry_seq=0)
+    assert [(row.plan, row.cause) for row in ledger.table("subscription_history", "true order by history_id")] == [
+        ("pro", "open_account"), ("basic", "period_end"),
+    ]  # fmt: skip
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("how", ["the present plan", "another now", "another later", "cancel", "cancel now"])
+def test_a_pending_change_can_be_withdrawn(ledger: Ledger, how: str) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.change_plan("alpha", "basic", at="period_end")
+    verbs: dict[str, tuple[Callable[[], Any], str | None, Any]] = {  # the verb, what is pending then, and what comes
+        "the present plan": (lambda: ledger.change_plan("alpha", "pro", at="period_end"), None, 900),
+        "another now": (lambda: ledger.change_plan("alpha", "max"), None, 2000),
+        "another later": (lambda: ledger.change_plan("alpha", "max", at="period_end"), "max", 2000),
+        "cancel": (lambda: ledger.cancel_plan("alpha"), None, 0),
+        "cancel now": (lambda: ledger.cancel_plan("alpha", at="now"), None, 0),
+    }
+    verb, pending, then = verbs[how]
+    assert verb().pending_plan == pending
+    ledger.now = FEBRUARY
+    ledger.book()
+    assert ledger.available() == then
+    assert_sound(ledger)
+
+
+def test_a_plan_that_is_sold_no_more_goes_on_and_cannot_be_chosen(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.change("update credits.plans set active = false where code = 'basic'")
+    with refused(404, "plan_not_found", plan="old"):
+        ledger.change_plan("alpha", "old")
+    with refused(404, "plan_not_found", plan="old"):
+        ledger.open_account("beta", plan="old")
+    ledger.now = FEBRUARY
+    assert ledger.available() == 300
+
+
+def test_other_credits_of_a_plan_count_from_the_next_month_on(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.change("update credits.plans set monthly_credits = 500 where code = 'basic'")
+    ledger.use(1)
+    ledger.now = MONTHS[1]
+    ledger.book()
+    assert ledger.available() == 500
+    assert_sound(ledger)
+
+
+def test_a_change_at_the_very_boundary_is_of_the_new_month(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.now = FEBRUARY
+    ledger.change_plan("alpha", "pro")
+    assert ledger.available() == 900
+    assert_sound(ledger)
+
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_canceled_plan_keeps_its_credits_until_the_period_ends(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.grant(50, kind="purchase")
+    ledger.now = HALF
+    row = ledger.cancel_plan("alpha")
+    assert (row.state, row.may_spend, row.may_receive, row.cancel_at) == ("canceling", True, True, FEBRUARY)
+    with ledger.unchanged("accounts", "subscription_cache"):
+        assert ledger.cancel_plan("alpha") == row
+    assert ledger.available() == 950
+    ledger.now = FEBRUARY - TICK
+    assert (ledger.available(), state(ledger).state) == (950, "canceling")
+    ledger.now = FEBRUARY
+    seen = state(ledger)
+    assert (ledger.available(), seen.state, seen.may_spend, seen.may_receive) == (50, "canceled", True, False)
+    ledger.book()
+    assert state(ledger) == seen
+    assert ledger.get_balance("alpha").plan is None
+    ledger.use(50)
+    ledger.now = MONTHS[1]
+    assert ledger.available() == 0
+    assert_sound(ledger)
+
+
+def test_a_plan_canceled_now_is_over_and_keeps_its_credits_until_they_expire(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.now = HALF
+    row = ledger.cancel_plan("alpha", at="now")
+    assert (row.state, row.may_receive) == ("canceled", False)
+    assert (ledger.available(), ledger.get_balance("alpha").plan) == (900, None)
+    ledger.now = FEBRUARY
+    assert ledger.available() == 0
+    for verb in (ledger.cancel_plan, ledger.resume_plan):
+        with refused(404, "subscription_not_found", account_id="alpha"):
+            verb("alpha")
+    assert_sound(ledger)
+
+
+def test_a_cancellation_is_taken_back(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.cancel_plan("alpha")
+    row = ledger.resume_plan("alpha")
+    assert (row.state, row.cancel_at, row.may_receive) == ("active", None, True)
+    with ledger.unchanged("accounts", "subscription_cache"):
+        assert ledger.resume_plan("alpha") == row
+    ledger.now = FEBRUARY
+    assert (ledger.available(), state(ledger).state) == (900, "active")
+    assert_sound(ledger)
+
+
+def test_a_cancellation_is_hurried(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.cancel_plan("alpha")
+    assert ledger.cancel_plan("alpha", at="now").state == "canceled"
+    assert ledger.available() == 900
+
+
+def test_a_canceling_plan_changes_and_still_ends(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.cancel_plan("alpha")
+    ledger.now = HALF
+    row = ledger.change_plan("alpha", "pro")
+    assert (row.state, row.plan, ledger.available()) == ("canceling", "pro", 600)
+    ledger.now = FEBRUARY
+    ledger.book()
+    assert (ledger.available(), state(ledger).state) == (0, "canceled")
+
+
+def test_without_a_plan_there_is_nothing_to_cancel_and_a_first_one_begins_now(ledger: Ledger) -> None:
+    ledger.open("alpha")
+    assert (state(ledger).state, state(ledger).plan) == ("none", None)
+    for verb in (ledger.cancel_plan, ledger.resume_plan):
+        with refused(404, "subscription_not_found", account_id="alpha"):
+            verb("alpha")
+    ledger.now = HALF
+    row = ledger.change_plan("alpha", "basic", at="period_end")
+    assert (row.state, row.plan, row.period_start) == ("active", "basic", HALF)
+    assert ledger.available() == 300
+
+
+def test_a_new_plan_after_the_old_one_has_ended_begins_its_own_months(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.cancel_plan("alpha")
+    ledger.now = FEBRUARY + 5 * DAY
+    row = ledger.change_plan("alpha", "pro")
+    assert (row.state, row.period_start, ledger.available()) == ("active", ledger.now, 900)
+    ledger.now = datetime(2030, 4, 5, 12, tzinfo=UTC)
+    assert ledger.available() == 900
+    assert len(ledger.table("subscriptions")) == 2
+    assert_sound(ledger)
+
+
+def test_canceling_now_and_beginning_anew_refills_nothing(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.use(900)
+    ledger.now = HALF
+    for plan in ("pro", "basic", "zero", "pro"):
+        ledger.cancel_plan("alpha", at="now")
+        ledger.change_plan("alpha", plan)
+        assert ledger.available() == 0
+    ledger.cancel_plan("alpha", at="now")
+    ledger.change_plan("alpha", "max")
+    assert ledger.available() == 550
+    ledger.now = FEBRUARY
+    assert ledger.available() == 2000
+    assert_sound(ledger)
+
+
+# Rollover ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_of_a_plan_that_rolls_over_stays(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="all")
+    ledger.use(40)
+    left = 60
+    for month in MONTHS[:4]:
+        ledger.now = month
+        ledger.book()
+        left += 100
+        assert ledger.available() == left
+        ledger.use(10)
+        left -= 10
+    assert_sound(ledger)
+
+
+def test_as_much_stays_as_the_cap_lets(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="cap")
+    ledger.use(40)
+    for month, expected in zip(MONTHS, (160, 250, 250, 250), strict=False):
+        ledger.now = month
+        ledger.book()
+        assert ledger.available() == expected
+    ledger.use(240)
+    ledger.now = MONTHS[4]
+    ledger.book()
+    assert ledger.available() == 110
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize(("plan", "expected"), [("all", 700), ("cap", 250), ("basic", 300)])
+def test_months_of_silence_roll_over_one_after_the_other(ledger: Ledger, plan: str, expected: int) -> None:
+    ledger.open_account("alpha", plan=plan)
+    ledger.now = MONTHS[5]
+    ledger.book()
+    assert ledger.available() == expected
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("how", ["release", "run out", "refund"])
+def test_what_comes_back_after_the_month_rolls_over_too(ledger: Ledger, how: str) -> None:
+    ledger.open_account("alpha", plan="cap")
+    ledger.spend("alpha", 30, key="spent")
+    ledger.now = FEBRUARY - MINUTE
+    ledger.reserve("alpha", 50, "r", ttl=2 * MINUTE)
+    ledger.now = FEBRUARY
+    ledger.book()
+    assert ledger.sums() == (120, 50, 170, 0)
+    if how == "release":
+        ledger.release("alpha", "r")
+    elif how == "run out":
+        ledger.now += MINUTE
+        ledger.book()
+    else:
+        ledger.refund_spend("alpha", "spent", key="back")
+    assert ledger.available() == (150 if how == "refund" else 170)
+    assert_sound(ledger)
+
+
+def test_other_credits_never_roll_over(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="all")
+    ledger.grant(500, kind="promo", expires_at=FEBRUARY)
+    ledger.grant(70, kind="purchase")
+    ledger.now = FEBRUARY
+    ledger.book()
+    assert ledger.available() == 270
+
+
+def test_nothing_rolls_over_the_end_of_a_plan(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="all")
+    ledger.cancel_plan("alpha")
+    ledger.now = FEBRUARY
+    ledger.book()
+    assert ledger.available() == 0
+    assert_sound(ledger)
+
+
+def test_what_an_upgrade_has_brought_rolls_over_as_well(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="zero")
+    ledger.now = HALF
+    ledger.change_plan("alpha", "all")
+    assert ledger.available() == 50
+    ledger.now = FEBRUARY
+    ledger.book()
+    assert ledger.available() == 150
+    assert_sound(ledger)
+
+
+# Beside a subscription of Stripe -------------------------------------------------------------------------------------
+
+
+def subscription(status: str = "active", **changes: Any) -> dict[str, Any]:
+    """A subscription of Stripe of alpha, of plan basic, from HALF on."""
+    start, end = int(HALF.timestamp()), int((HALF + 28 * DAY).timestamp())
+    price = {"id": "price_basic", "product": "prod_1", "unit_amount": 1000, "recurring": {"interval": "month"}}
+    item = {"id": "si_1", "price": price, "quantity": 1, "current_period_start": start, "current_period_end": end}
+    return {
+        "id": "sub_1", "object": "subscription", "status": status, "customer": "cus_1", "created": start,
+        "metadata": {"account_id": "alpha"}, "items": {"data": [item]}, "billing_cycle_anchor": start, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("status", ["active", "trialing", "past_due"])
+def test_a_plan_of_our_own_rests_while_a_subscription_of_stripe_is_live(ledger: Ledger, status: str) -> None:
+    ledger.open_account("alpha", plan="cap")
+    ledger.now = HALF
+    ledger.tell("customer.subscription.created", subscription(status))
+    assert (ledger.available(), ledger.get_balance("alpha").plan, state(ledger).source) == (100, "basic", "stripe")
+    for month in MONTHS[:2]:
+        ledger.now = month
+        ledger.book()
+        assert ledger.available() == 0
+    ledger.now += DAY
+    ledger.tell("customer.subscription.deleted", subscription("canceled", ended_at=int(ledger.now.timestamp())))
+    assert (ledger.available(), ledger.get_balance("alpha").plan, state(ledger).source) == (100, "cap", "internal")
+    ledger.now = MONTHS[2]
+    ledger.book()
+    assert ledger.available() == 200
+    assert_sound(ledger)
+
+
+def test_a_month_that_was_granted_before_is_not_granted_again_after_a_short_subscription(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.use(900)
+    for n in range(3):
+        ledger.now += DAY
+        ledger.tell("customer.subscription.created", subscription(id=f"sub_{n}"))
+        ledger.now += HOUR
+        ledger.tell("customer.subscription.deleted", subscription("canceled", id=f"sub_{n}"))
+        assert ledger.available() == 0
+    ledger.now = FEBRUARY
+    assert ledger.available() == 900
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("months", [1, 2, 5])
+def test_months_of_a_year_that_is_paid_at_once_are_seen_after_silence_too(ledger: Ledger, months: int) -> None:
+    ledger.open("alpha")
+    start, end = int(NOON.timestamp()), int((NOON + 365 * DAY).timestamp())
+    price = {"id": "price_year", "recurring": {"interval": "year"}, "unit_amount": 9000, "metadata": {"credits": "70"}}
+    line = {"id": "il_1", "amount": 9000, "quantity": 1, "price": price, "period": {"start": start, "end": end}}
+    paid = {
+        "id": "in_1", "object": "invoice", "status": "paid", "customer": "cus_1", "subscription": "sub_1",
+        "lines": {"data": [line]},
+    }  # fmt: skip
+    ledger.tell("customer.subscription.created", subscription())
+    ledger.tell("invoice.paid", paid)
+    ledger.now = MONTHS[months - 1] + DAY
+    read = ledger.get_balance("alpha")
+    assert (read.available, read.next_expiry_at) == (70, MONTHS[months])
+    ledger.book()
+    assert ledger.get_balance("alpha")._replace(entry_seq=0) == read._replace(entry_seq=0)
+    assert ledger.kinds().count(("grant", 70)) == months + 1
+    assert_sound(ledger)
+
+
+@pytest.fixture
+def subscriber(ledger: Ledger) -> Ledger:
+    """Alpha has a subscription of Stripe."""
+    ledger.open("alpha")
+    ledger.now = HALF
+    ledger.tell("customer.subscription.created", subscription())
+    return ledger
+
+
+def wanted(ledger: Ledger) -> list[tuple[Any, ...]]:
+    """What Stripe shall be asked to do, in its order."""
+    rows = ledger.table("stripe_requests", "state = 'queued' and purpose <> 'retrieve' order by run_at, request_id")
+    return [(row.purpose, row.method, row.path, row.params) for row in rows]
+
+
+SUBSCRIPTION = "/v1/subscriptions/sub_1"
+
+
+def test_verbs_on_a_subscription_of_stripe_ask_stripe_and_change_nothing_else(subscriber: Ledger) -> None:
+    ledger = subscriber
+    changed = {
+        "items": [{"id": "si_1", "price": "price_pro"}], "payment_behavior": "pending_if_incomplete",
+        "proration_behavior": "always_invoice",
+    }  # fmt: skip
+    requests: list[tuple[Callable[[], Any], tuple[Any, ...]]] = [
+        (lambda: ledger.change_plan("alpha", "pro"), ("change_plan", "post", SUBSCRIPTION, changed)),
+        (lambda: ledger.cancel_plan("alpha"), ("cancel_plan", "post", SUBSCRIPTION, {"cancel_at_period_end": True})),
+        (lambda: ledger.cancel_plan("alpha", at="now"), ("cancel_plan", "delete", SUBSCRIPTION, {})),
+        (lambda: ledger.resume_plan("alpha"), ("resume_plan", "post", SUBSCRIPTION, {"cancel_at_period_end": False})),
+    ]
+    before = state(ledger)
+    for verb, request in requests:
+        with ledger.conn.transaction(force_rollback=True):
+            with ledger.unchanged("stripe_requests", "subscription_cache"):
+                assert verb() == before
+                assert verb() == before
+            assert wanted(ledger) == [request]
+            (row,) = ledger.table("stripe_requests", "purpose <> 'retrieve' and state = 'queued'")
+            assert (row.account_id, row.ref, row.idempotency_key) == ("alpha", "sub_1", f"pgc-{row.request_id}")
+
+
+def test_a_change_at_the_end_of_a_period_of_stripe_is_scheduled_there_and_shown_as_pending(subscriber: Ledger) -> None:
+    ledger = subscriber
+    row = ledger.change_plan("alpha", "pro", at="period_end")
+    assert (row.plan, row.pending_plan, row.pending_at) == ("basic", "pro", HALF + 28 * DAY)
+    asked = ("schedule_plan", "post", "/v1/subscription_schedules", {"from_subscription": "sub_1"})
+    assert wanted(ledger) == [asked]
+    assert ledger.available() == 0
+
+
+def test_of_several_words_before_stripe_was_asked_the_last_one_counts(subscriber: Ledger) -> None:
+    ledger = subscriber
+    ledger.change("update credits.plans set stripe_price_ids = '{price_max}' where code = 'max'")
+    cancel, resume = partial(ledger.cancel_plan, "alpha"), partial(ledger.resume_plan, "alpha")
+    stories: list[tuple[list[Callable[[], Any]], Callable[[Any], bool]]] = [
+        (
+            [partial(ledger.change_plan, "alpha", "max"), partial(ledger.change_plan, "alpha", "pro")],
+            lambda last: last[3]["items"][0]["price"] == "price_pro",
+        ),
+        ([cancel, partial(cancel, at="now")], lambda last: last[1] == "delete"),
+        ([cancel, resume, cancel], lambda last: last[3] == {"cancel_at_period_end": True}),
+        ([resume, cancel, resume], lambda last: last[3] == {"cancel_at_period_end": False}),
+    ]  # fmt: skip
+    for verbs, counts in stories:
+        with ledger.conn.transaction(force_rollback=True):
+            for verb in verbs:
+                verb()
+                ledger.now += SECOND
+            assert counts(wanted(ledger)[-1]), wanted(ledger)
+
+
+def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:
+    for at in ("now", "period_end"):
+        with subscriber.unchanged(), refused(404, "price_not_found", plan="max"):
+            subscriber.change_plan("alpha", "max", at=at)
+
+
+# Accounts that may not -----------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_account_keeps_its_months(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.freeze_account("alpha")
+    ledger.now = FEBRUARY
+    assert ledger.available() == 300
+    ledger.change_plan("alpha", "pro")
+    assert ledger.available() == 900
+    with refused(423, "account_frozen"):
+        ledger.use(1)
+    ledger.unfreeze_account("alpha")
+    ledger.use(900)
+    assert_sound(ledger)
+
+
+def test_a_closed_account_gets_no_more_months_and_what_was_open_still_ends(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.reserve("alpha", 100, "r", ttl=HOUR)
+    ledger.reserve("alpha", 50, "s", ttl=DAY)
+    ledger.set_status("closed")
+    with refused(423, "account_closed"):
+        ledger.change_plan("alpha", "pro")
+    assert ledger.settle("alpha", "r", 100).charged == 100
+    ledger.now = MONTHS[1]
+    assert ledger.available() == 0
+    ledger.release("alpha", "s")
+    assert ledger.cancel_plan("alpha", at="now").state == "canceled"
+    assert_sound(ledger)
+
+
+# Together ------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_want_one_plan_get_it_once(database: Database) -> None:
+    with committed(database) as ledger:
+        prepare(ledger)
+        for account_id in ("alpha", "beta"):
+            ledger.open(account_id)
+        ledger.change_plan("beta", "zero")
+        ledger.change("update credits.subscriptions set anchor_at = anchor_at")
+        jobs = [partial(Ledger.change_plan, account_id=name, plan="pro") for name in ("alpha", "beta")] * 8
+        assert {row.plan for row in together(database, jobs)} == {"pro"}
+        assert ledger.available("alpha") == 900
+        assert 899 < ledger.available("beta") <= 900
+        assert len(ledger.table("subscriptions")) == 2
+        assert_sound(ledger)
+
+
+def test_threads_that_go_up_and_down_refill_nothing(database: Database) -> None:
+    verbs: list[Callable[[Ledger], Any]] = [
+        *(partial(Ledger.change_plan, account_id="alpha", plan=plan) for plan in ("basic", "pro", "zero") * 4),
+        *(partial(Ledger.change_plan, account_id="alpha", plan="basic", at="period_end") for _ in range(2)),
+        *(partial(Ledger.cancel_plan, account_id="alpha") for _ in range(2)),
+        *(partial(Ledger.resume_plan, account_id="alpha") for _ in range(2)),
+        *(partial(Ledger.spend, account_id="alpha", amount=10, key=f"k{n}") for n in range(4)),
+    ]
+    with committed(database) as ledger:
+        prepare(ledger)
+        ledger.open_account("alpha", plan="basic")
+        random.Random(7).shuffle(verbs)
+        results = together(database, verbs)
+        assert not [one for one in results if isinstance(one, CreditsError)]
+        assert 858 < ledger.available() <= 860
+        assert_sound(ledger)
+
+
+def test_opening_with_a_plan_again_is_a_replay(ledger: Ledger) -> None:
+    first = ledger.open_account("alpha", plan="basic")
+    ledger.change_plan("alpha", "pro")
+    ledger.now = HALF
+    again = ledger.open_account("alpha", plan="basic")
+    assert (first.replayed, again.replayed, again.plan) == (False, True, "pro")
+    assert ledger.available() == 900
+    assert len(ledger.table("subscriptions")) == 1
+
+
+def test_three_years_of_one_account(ledger: Ledger) -> None:
+    dice = random.Random(2030)
+    plans = {"basic": 300, "pro": 900, "max": 2000, "zero": 0}
+    plan, pending, left, bought = "basic", "", 300, 0
+    ledger.open_account("alpha", plan=plan)
+    for number in range(1, 37):
+        start, end = ledger.now, nth_month(NOON, number, "UTC")
+        for day in sorted(dice.sample(range(1, 27), 4)):
+            ledger.now = start + timedelta(days=day)
+            match dice.randrange(4):
+                case 0:
+                    bought += 40
+                    ledger.grant(40, kind="purchase")
+                case 1:
+                    pending = dice.choice(list(plans))
+                    ledger.change_plan("alpha", pending, at="period_end")
+                case _:
+                    amount = dice.randrange(1, 400)
+                    if amount > left + bought:
+                        with refused(402, "insufficient_credits", available=left + bought):
+                            ledger.use(amount)
+                    else:
+                        ledger.use(amount)
+                        left, bought = max(0, left - amount), bought - max(0, amount - left)
+            assert ledger.available() == left + bought
+        ledger.now = end
+        plan, pending = pending or plan, ""
+        left = plans[plan]
+        assert (ledger.available(), state(ledger).plan) == (left + bought, plan)
+        if number % 6 == 0:
+            assert_sound(ledger)
