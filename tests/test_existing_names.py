@@ -1,6 +1,7 @@
 """Names that existing systems call do what they say: validated spends, credits for an invoice, customers of Stripe."""
 
 import json
+from calendar import monthrange
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
@@ -40,12 +41,17 @@ def price(says: str | None) -> Json:
     }  # fmt: skip
 
 
-def invoice(says: str | None = "1000", **changes: Any) -> Json:
-    """A paid invoice of that subscription; its price says how many credits it brings."""
+def end_of(month: int) -> int:
+    """The last day of a month at noon, when a subscription that began on the 31st renews."""
+    return int(NOON.replace(month=month, day=monthrange(NOON.year, month)[1]).timestamp())
+
+
+def invoice(says: str | None = "1000", month: int = 1, **changes: Any) -> Json:
+    """A paid invoice of that subscription, written in that month; its price says how many credits it brings."""
     line = {
         "id": "il_1", "object": "line_item", "amount": 1000, "quantity": 1, "price": price(says),
         "subscription": "sub_1", "subscription_item": "si_1", "proration": False,
-        "period": {"start": BEGAN, "end": int(ENDS.timestamp())},
+        "period": {"start": end_of(month), "end": end_of(month + 1)},
     }  # fmt: skip
     return {
         "id": "in_1", "object": "invoice", "status": "paid", "paid": True, "customer": "cus_1", "subscription": "sub_1",
@@ -415,9 +421,9 @@ def test_calls_and_the_event_at_once_grant_once(database: Database, jobs: list[C
     with committed(database) as ledger:
         ledger.open("alpha")
         subscribe(ledger)
-        for number in range(5):
-            name = f"in_{number}"
-            shown = invoice(id=name)
+        for month in range(1, 6):
+            name = f"in_{month}"
+            shown = invoice(id=name, month=month)  # invoices of one month would share its credits
             of_this = [
                 partial(add, invoice_id=name) if job is add else partial(tell, event_type=PAID, shown=shown)
                 for job in jobs
