@@ -1,0 +1,8 @@
+set local role credits_owner;
+drop type credits.catalog_change, credits.catalog_problem, credits.quote_result, credits.access_result, credits.usage_result,
+  credits.settle_usage_result, credits.limit_result, credits.usage_summary, credits.member_result, credits.priced;
+alter table credits.members drop column active, drop column month_start, drop column month_used;
+alter table credits.reservations drop column counted;
+drop table credits.usage_admissions, credits.usage_windows, credits.usages, credits.rates, credits.plan_limits,
+  credits.plan_qualities, credits.plan_capabilities, credits.models, credits.quality_levels, credits.capabilities;
+alter table credits.plans drop column seats, drop column display_order, drop column is_default;
