@@ -116,35 +116,35 @@ comment on column credits.rates.price is 'The price, as the catalogue document s
 -- What is used -------------------------------------------------------------------------------------------------------
 
 create table credits.usages (
-  authorized_at timestamptz    not null,
-  closed_at     timestamptz,
-  account_id    text           not null references credits.accounts,
-  usage_id      text           not null,
-  status        credits.reservation_status not null default 'open',
-  capability    text           not null,
-  quality       text,
-  model         text,
-  plan          text,
-  member_id     text,
-  subject       text,
-  rate_id       bigint         not null,
-  units         numeric,
-  unit_counts   jsonb,
-  amount        credits.part   not null,
-  counted_units   numeric      not null default 0,
-  counted_credits numeric      not null default 0,
-  actual        credits.part,
-  fingerprint   jsonb          not null,
-  result        jsonb          not null,
-  closing       jsonb,
+  authorized_at   timestamptz    not null,
+  closed_at       timestamptz,
+  account_id      text           not null references credits.accounts,
+  usage_id        text           not null,
+  status          credits.reservation_status not null default 'open',
+  capability      text           not null,
+  quality         text,
+  model           text,
+  plan            text,
+  rate_id         bigint         not null,
+  counts          jsonb          not null,
+  units           numeric        not null,
+  amount          credits.part   not null,
+  counted_in      text[]         not null,
+  counted_units   numeric        not null,
+  counted_credits numeric        not null,
+  fingerprint     jsonb          not null,
+  result          jsonb          not null,
+  closing         jsonb,
   primary key (account_id, usage_id)
 ) with (fillfactor = 70);
 comment on table credits.usages is
-  'Uses of capabilities, from authorize_usage() on: what they pinned, and what became of them. The credits are held by the reservation of the same id.';
-comment on column credits.usages.amount is 'The price of the units that were announced; what is held.';
-comment on column credits.usages.counted_units is 'What the windows have counted for it; 0 once it was given back.';
+  'Uses of capabilities, from authorize_usage() on: what they pinned, and what became of them. Their credits are held by the reservation of the same id.';
+comment on column credits.usages.counts is 'What was announced, then what was used: units by name.';
+comment on column credits.usages.units is 'The same, of the capability''s own unit.';
+comment on column credits.usages.amount is 'The price of what was announced; what was held.';
+comment on column credits.usages.counted_in is 'The windows that counted it: capability/period, capability/rolling; all capabilities without a name.';
+comment on column credits.usages.counted_units is 'What those windows count for it: what was announced, then what was used.';
 comment on column credits.usages.counted_credits is 'The same in credits: what is held, then what was charged.';
-comment on column credits.usages.actual is 'The price of the units that were used.';
 comment on column credits.usages.result is 'The first answer of authorize_usage().';
 comment on column credits.usages.closing is 'The arguments of settle_usage(), and its first answer.';
 
@@ -163,19 +163,21 @@ comment on table credits.usage_windows is
   'What was used in the present window of each limit: open usages and settled ones, in the window in which they were authorized.';
 comment on column credits.usage_windows.capability is 'Empty counts all capabilities together.';
 
--- Numbered without a gap, so that a rolling window is full exactly if the call number - maximum + 1 is still in it: one look
--- instead of a count.
+-- Numbered without a gap, so that how many are in a window is a difference of two numbers, not a count.
 create table credits.usage_admissions (
   account_id  text        not null references credits.accounts,
   capability  text        not null,
-  number      bigint      not null,
   admitted_at timestamptz not null,
-  primary key (account_id, capability, number)
+  number      bigint      not null,
+  primary key (account_id, capability, admitted_at, number)
 );
 comment on table credits.usage_admissions is 'When the calls that rolling limits count were admitted.';
 comment on column credits.usage_admissions.capability is 'Empty counts all capabilities together.';
 
+-- What costs nothing is a usage too, and holds nothing.
 alter table credits.reservations
+  alter column requested type credits.part,
+  alter column amount    type credits.part,
   add column counted boolean not null default false;
 comment on column credits.reservations.counted is 'Whether a usage or the limit of a member counts it, and must hear of its end.';
 
@@ -210,8 +212,15 @@ create type credits.usage_summary as (name text, credits numeric, held numeric, 
 create type credits.member_result as (
   account_id text, member_id text, role text, monthly_limit numeric, used numeric, active boolean, created_at timestamptz);
 
--- How a price comes about.
+-- How a price comes about; what a use asks for, and all that was decided about it: the gate that refuses, or none.
 create type credits.priced as (amount numeric, explanation jsonb);
+create type credits.use_request as (
+  capability text, units numeric, unit_counts jsonb, quality text, model text, member_id text, rate_id bigint);
+create type credits.plan_choice as (quality text, model text, listed boolean);
+create type credits.use as (
+  account_id text, kind text, time_zone text, plan text, capability text, unit text, quality text, model text, member_id text,
+  counts jsonb, units numeric, rate_id bigint, amount numeric, explanation jsonb, available numeric, limits jsonb,
+  gate text, status integer, code text, detail jsonb);
 
 do $$
 declare

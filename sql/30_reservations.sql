@@ -156,7 +156,7 @@ begin
              remaining = g.remaining + r.grant_amounts[1] - v_amount
         from credits.reservations r
        where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id and r.status = 'open'
-         and cardinality(r.grant_ids) = 1 and r.grant_amounts[1] >= v_amount
+         and not r.counted and cardinality(r.grant_ids) = 1 and r.grant_amounts[1] >= v_amount
          and g.account_id = settle.account_id and g.grant_id = r.grant_ids[1] and g.status = 'active'
          and g.remaining + r.grant_amounts[1] > v_amount
       returning credits.now() as created_at, r.grant_ids, r.grant_amounts[1] as held, r.subject, r.member_id,

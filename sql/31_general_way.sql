@@ -45,13 +45,14 @@ create or replace function credits._reserve(
   subject        text,
   member_id      text,
   capability     text,
-  metadata       jsonb
+  metadata       jsonb,
+  usage          boolean default false
 )
 returns credits.reserve_result
 language plpgsql
 as $$
 declare
-  v_amount  numeric  := credits._check_amount(_reserve.amount);
+  v_amount  numeric  := credits._check_amount(_reserve.amount, zero => _reserve.usage);
   v_least   numeric  := least(v_amount, credits._check_min_amount(_reserve.min_amount));
   v_ttl     interval := credits._check_ttl(_reserve.ttl);
   v_id      text     := credits._check_key(_reserve.reservation_id, 'reservation_id');
@@ -82,7 +83,10 @@ begin
   if v_found.status <> 'active' then
     perform credits._fail_status(_reserve.account_id, v_found.status);
   end if;
-  v_slices := credits._take(_reserve.account_id, v_amount, _reserve.capability, 'held');
+  v_slices.taken := 0;
+  if v_amount > 0 then
+    v_slices := credits._take(_reserve.account_id, v_amount, _reserve.capability, 'held');
+  end if;
   if v_slices.taken < v_least or v_balance.debt > 0 then
     perform credits._fail_short(v_least, v_slices.taken, v_balance.debt);
   end if;
@@ -93,10 +97,10 @@ begin
    where b.account_id = _reserve.account_id
   returning b.* into v_balance;
   insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, min_amount,
-    created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
+    created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata, counted)
   values (_reserve.account_id, v_id, v_amount, trim_scale(v_slices.taken), trim_scale(credits._free(v_balance)), v_ttl,
-    _reserve.min_amount, v_now, v_now + v_ttl, v_slices.grant_ids, v_slices.amounts, _reserve.description,
-    _reserve.subject, _reserve.member_id, _reserve.capability, coalesce(v_meta, '{}'))
+    _reserve.min_amount, v_now, v_now + v_ttl, coalesce(v_slices.grant_ids, '{}'), coalesce(v_slices.amounts, '{}'),
+    _reserve.description, _reserve.subject, _reserve.member_id, _reserve.capability, coalesce(v_meta, '{}'), _reserve.usage)
   returning r.* into v_first;
   return credits._reserve_result(v_first, false);
 end $$;

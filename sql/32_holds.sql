@@ -312,6 +312,9 @@ begin
                                             'available', v_available)
    where r.account_id = (_close.hold).account_id and r.reservation_id = (_close.hold).reservation_id
   returning r.* into v_hold;
+  if v_hold.counted then
+    perform credits._close_usage(_close.hold, _close.status, _close.charged);
+  end if;
   return v_hold;
 end $$;
 

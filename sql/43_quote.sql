@@ -1,0 +1,184 @@
+-- What a use of a capability would be: by which plan, at which quality, run by which model, and at what price.
+-- Keeps: the price that is shown is the price that is charged, since both come from _price_use().
+
+create or replace function credits.quote(
+  account_id  text,
+  capability  text,
+  units       numeric default null,
+  quality     text    default null,
+  model       text    default null,
+  unit_counts jsonb   default null
+)
+returns credits.quote_result
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now     timestamptz := credits.now();
+  v_request credits.use_request := row(quote.capability, quote.units, quote.unit_counts, quote.quality, quote.model, null, null);
+  v_use     credits.use;
+begin
+  v_use := credits._choose(credits._caller(credits._account(quote.account_id), v_now), v_request);
+  if v_use.gate is not null then
+    v_use.quality := quote.quality;
+    v_use.model   := quote.model;
+  end if;
+  v_use := credits._price_use(v_use, v_request, v_now);
+  return row(v_use.account_id, v_use.capability, v_use.quality, v_use.model, v_use.units, v_use.counts, v_use.amount,
+             v_use.rate_id, (select r.valid_from from credits.rates r where r.rate_id = v_use.rate_id),
+             v_use.explanation)::credits.quote_result;
+end $$;
+comment on function credits.quote(text, text, numeric, text, text, jsonb) is
+'What a use of a capability would cost, in credits, and how the price comes about. Holds nothing.
+
+units counts the capability''s own unit; unit_counts gives several units by name, {"input_tokens": 1200, "output_tokens": 300}.
+Without a quality or a model it is those that authorize_usage would choose. The price is computed by the code that charges.
+rate_id names the rate: authorize_usage(rate_id => ...) charges by it for 15 minutes (setting quote_ttl), whatever happens to
+the catalogue. What the plan does not include is quoted too.
+Errors: 400 invalid_request, 404 account_not_found, capability_not_found, rate_not_found, 422 invalid_amount.';
+
+-- Helpers -------------------------------------------------------------------------------------------------------------
+
+insert into credits.settings as s (name, value, summary) values
+  ('quote_ttl', '"15 minutes"', 'How long authorize_usage() honours the rate of a quote after a new one is in force.')
+on conflict (name) do update set summary = excluded.summary;
+
+-- Who asks, and by which plan. An account without one has what the default plan says.
+create or replace function credits._caller(
+  account credits.accounts,
+  at      timestamptz,
+  balance credits.balances default null
+)
+returns credits.use
+language plpgsql
+stable
+as $$
+declare
+  v_use credits.use;
+begin
+  v_use.account_id := (_caller.account).account_id;
+  v_use.kind       := (_caller.account).kind;
+  v_use.time_zone  := (_caller.account).time_zone;
+  v_use.plan       := case when (_caller.balance).next_due_at > _caller.at then (_caller.account).plan
+                           else credits._plan_at(_caller.account, _caller.at) end;
+  if v_use.plan is null then
+    select p.code into v_use.plan from credits.plans p where p.is_default;
+  end if;
+  return v_use;
+end $$;
+
+-- The capability by the plan, and the quality and the model that run it.
+create or replace function credits._choose(
+  use     credits.use,
+  request credits.use_request
+)
+returns credits.use
+language plpgsql
+stable
+as $$
+declare
+  v_use    credits.use := _choose.use;
+  v_plan   text;
+  v_listed boolean;
+begin
+  select c.code, c.unit, p.plan, q.quality, q.model, q.listed
+    into v_use.capability, v_use.unit, v_plan, v_use.quality, v_use.model, v_listed
+    from credits.capabilities c
+    left join credits.plan_capabilities p on p.plan = v_use.plan and p.capability = c.code
+    left join lateral credits._plan_choice(p.plan, c.code, (_choose.request).quality, (_choose.request).model) q on true
+   where c.code = (_choose.request).capability and c.active;
+  if not found then
+    perform credits._fail(404, 'capability_not_found', jsonb_build_object('capability', (_choose.request).capability),
+      'The catalogue has no such capability, or none that is active.');
+  elsif v_plan is null then
+    return credits._refuse(v_use, 'plan', 403, 'plan_required', jsonb_build_object(
+      'plan', v_use.plan, 'capability', v_use.capability, 'plans', credits._plans_with(v_use.capability)));
+  elsif v_listed is null and num_nonnulls((_choose.request).quality, (_choose.request).model) > 0 then
+    return credits._refuse_choice(v_use, _choose.request);
+  end if;
+  return v_use;
+end $$;
+
+-- The lowest quality that is not refused, and the plan's best model for it. A capability may have neither.
+create or replace function credits._plan_choice(
+  plan       text,
+  capability text,
+  quality    text,
+  model      text
+)
+returns setof credits.plan_choice
+language sql
+stable
+as $$
+  select q.quality, q.model, true
+    from credits.plan_qualities q
+    join credits.quality_levels l on l.code = q.quality and l.active
+    left join credits.models m on m.code = q.model
+   where q.plan = _plan_choice.plan
+     and q.capability is not distinct from (
+           select o.capability from credits.plan_qualities o
+            where o.plan = _plan_choice.plan and o.capability = _plan_choice.capability limit 1)
+     and (q.model is null or m.active)
+     and (_plan_choice.quality is null or q.quality = _plan_choice.quality)
+     and (_plan_choice.model is null or q.model = _plan_choice.model)
+   order by l.display_order, l.code, q.rank
+   limit 1
+$$;
+
+-- The price of a use, by the rate in force or, for a while, by that of a quote.
+create or replace function credits._price_use(
+  use     credits.use,
+  request credits.use_request,
+  at      timestamptz
+)
+returns credits.use
+language plpgsql
+stable
+as $$
+declare
+  v_use    credits.use := _price_use.use;
+  v_rate   credits.rates := credits._rate(v_use.capability, v_use.quality, v_use.model, _price_use.at);
+  v_priced credits.priced;
+begin
+  if (_price_use.request).rate_id <> v_rate.rate_id or v_rate.rate_id is null then
+    v_rate := credits._quoted_rate(v_use, (_price_use.request).rate_id, _price_use.at);
+  end if;
+  v_use.rate_id := v_rate.rate_id;
+  v_use.counts  := credits._check_counts(v_rate.price,
+                     credits._counts(v_use.unit, (_price_use.request).units, (_price_use.request).unit_counts));
+  v_use.units   := coalesce((v_use.counts ->> v_use.unit)::numeric, 0);
+  v_priced      := credits._price(v_rate.price, v_use.counts, v_use.quality, v_use.model);
+  v_use.amount      := v_priced.amount;
+  v_use.explanation := v_priced.explanation;
+  return v_use;
+end $$;
+
+create or replace function credits._quoted_rate(
+  use     credits.use,
+  rate_id bigint,
+  at      timestamptz
+)
+returns credits.rates
+language plpgsql
+stable
+as $$
+declare
+  v_use  credits.use := _quoted_rate.use;
+  v_rate credits.rates;
+begin
+  if _quoted_rate.rate_id is null then
+    perform credits._fail(404, 'rate_not_found',
+      jsonb_build_object('capability', v_use.capability, 'quality', v_use.quality, 'model', v_use.model),
+      'The catalogue says no price for this.');
+  end if;
+  v_rate := credits._rate(v_use.capability, v_use.quality, v_use.model,
+                          _quoted_rate.at - (credits._setting('quote_ttl') #>> '{}')::interval);
+  if v_rate.rate_id is distinct from _quoted_rate.rate_id then
+    perform credits._fail(409, 'quote_expired',
+      jsonb_build_object('rate_id', _quoted_rate.rate_id, 'capability', v_use.capability, 'quality', v_use.quality, 'model', v_use.model),
+      'This rate is not, or no longer, the price of this. Ask for a new quote.');
+  end if;
+  return v_rate;
+end $$;

@@ -1,0 +1,273 @@
+-- Uses of capabilities: authorize_usage admits, prices and holds in one transaction, settle_usage charges what was really used.
+-- The hold is the reservation of the same id, so release(), extend() and capture() work on it too.
+-- Keeps: a use is priced by the rate that it pinned, and counted once in each window that limits it. Lock order: see
+-- 10_accounts.sql, then usages, usage_windows, usage_admissions.
+
+create or replace function credits.authorize_usage(
+  account_id  text,
+  capability  text,
+  units       numeric  default null,
+  quality     text     default null,
+  usage_id    text     default null,
+  ttl         interval default null,
+  subject     text     default null,
+  member_id   text     default null,
+  model       text     default null,
+  unit_counts jsonb    default null,
+  rate_id     bigint   default null,
+  metadata    jsonb    default null
+)
+returns credits.usage_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_print   jsonb := credits._fingerprint(jsonb_build_object(
+                       'capability', authorize_usage.capability, 'units', authorize_usage.units,
+                       'unit_counts', authorize_usage.unit_counts, 'quality', authorize_usage.quality,
+                       'model', authorize_usage.model, 'ttl', authorize_usage.ttl, 'subject', authorize_usage.subject,
+                       'member_id', authorize_usage.member_id, 'rate_id', authorize_usage.rate_id), authorize_usage.metadata);
+  v_request credits.use_request := row(authorize_usage.capability, authorize_usage.units, authorize_usage.unit_counts,
+                       authorize_usage.quality, authorize_usage.model, authorize_usage.member_id, authorize_usage.rate_id);
+  v_balance credits.balances;
+  v_usage   credits.usages;
+  v_use     credits.use;
+  v_hold    credits.reserve_result;
+begin
+  perform credits._check_key(authorize_usage.usage_id, 'usage_id');
+  v_balance := credits._lock_account(authorize_usage.account_id);
+  v_usage   := credits._usage(authorize_usage.account_id, authorize_usage.usage_id);
+  if v_usage.usage_id is not null then
+    perform credits._check_same(v_usage.fingerprint, v_print, 'authorize_usage', authorize_usage.usage_id);
+    return credits._replayed(v_usage);
+  end if;
+
+  v_use := credits._decide(v_balance, v_request, authorize_usage.account_id);
+  if v_use.gate is not null then
+    perform credits._fail(v_use.status, v_use.code, v_use.detail, credits._gate_hint(v_use.gate));
+  end if;
+  v_hold := credits._reserve(authorize_usage.account_id, v_use.amount, authorize_usage.usage_id,
+    coalesce(authorize_usage.ttl, '15 minutes'), null, null, authorize_usage.subject, authorize_usage.member_id,
+    v_use.capability, authorize_usage.metadata, usage => true);
+  return credits._open_usage(v_use, v_hold, v_print);
+end $$;
+comment on function credits.authorize_usage(text, text, numeric, text, text, interval, text, text, text, jsonb, bigint, jsonb) is
+'Admits a use of a capability, or refuses it: access, limits, choice of model, price and hold, in one transaction.
+
+units is what will be used at most: its price is held until settle_usage charges what was used, or release gives it back, or
+ttl (15 minutes by default) has run out; extend gives more time. Without a quality it is the plan''s lowest, without a model
+the plan''s best for the quality; the answer names both. unit_counts gives several units by name. rate_id is that of a quote.
+N calls at the same time at a limit of k admit k. usage_id is chosen by the caller and is the key: the same call answers with
+the first result, marked replayed. Refusals carry the DETAIL of the gate: what is missing, and when there is more again.
+Errors: 400 invalid_request, 402 insufficient_credits, 403 plan_required, quality_not_in_plan, model_not_in_plan,
+subscription_inactive, forbidden, 404 account_not_found, capability_not_found, rate_not_found, 409 idempotency_conflict,
+quote_expired, 422 invalid_amount, 423 account_frozen, account_closed, 429 rate_limited, monthly_cap_reached,
+member_limit_reached.';
+
+create or replace function credits.settle_usage(
+  account_id  text,
+  usage_id    text,
+  units       numeric default null,
+  on_overage  text    default 'cap',
+  unit_counts jsonb   default null,
+  metadata    jsonb   default null
+)
+returns credits.settle_usage_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_print  jsonb := credits._fingerprint(jsonb_build_object(
+                      'units', settle_usage.units, 'unit_counts', settle_usage.unit_counts,
+                      'on_overage', credits._check_overage(settle_usage.on_overage)), settle_usage.metadata);
+  v_usage  credits.usages;
+  v_hold   credits.reservations;
+  v_priced credits.priced;
+begin
+  perform credits._lock_account(settle_usage.account_id);
+  v_usage := credits._usage(settle_usage.account_id, settle_usage.usage_id);
+  if v_usage.usage_id is null then
+    perform credits._check_key(settle_usage.usage_id, 'usage_id');
+    perform credits._fail(404, 'usage_not_found', jsonb_build_object('usage_id', settle_usage.usage_id));
+  elsif v_usage.closing is not null then
+    perform credits._check_same(v_usage.closing -> 'request', v_print, 'settle_usage', settle_usage.usage_id);
+    return jsonb_populate_record(null::credits.settle_usage_result, v_usage.closing -> 'result' || '{"replayed": true}');
+  end if;
+
+  v_hold := credits._reservation(settle_usage.account_id, settle_usage.usage_id);
+  if v_hold.status in ('settled', 'released') then
+    perform credits._fail_closed(v_hold);
+  end if;
+  v_usage  := credits._announce(v_usage, settle_usage.units, settle_usage.unit_counts);
+  v_priced := credits._price((select r.price from credits.rates r where r.rate_id = v_usage.rate_id), v_usage.counts,
+                             v_usage.quality, v_usage.model);
+  return credits._close_settled(v_usage, v_priced, v_print, credits._settle(settle_usage.account_id, settle_usage.usage_id,
+    greatest(v_priced.amount - v_hold.captured, 0), settle_usage.on_overage, settle_usage.metadata), v_hold.captured);
+end $$;
+comment on function credits.settle_usage(text, text, numeric, text, jsonb, jsonb) is
+'Charges what was really used, at the rate that authorize_usage pinned, and returns the rest of the hold.
+
+units (or unit_counts) is the total of the use, what capture() has booked included; without either it is what was announced.
+Above the hold on_overage decides, as in settle: cap (default), overflow or reject; actual = charged + uncollected. A hold that
+has run out is charged afresh and marked late. Limits count what was used from now on, and never refuse here: the work is
+done. explanation says how the price comes about. The same call again answers with the first result, marked replayed. To
+charge nothing, release(account_id, usage_id): that gives the call back to the rate limits too.
+Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, usage_not_found, 409 idempotency_conflict,
+reservation_closed, 422 invalid_amount.';
+
+-- Helpers -------------------------------------------------------------------------------------------------------------
+
+create or replace function credits._usage(
+  account_id text,
+  usage_id   text
+)
+returns credits.usages
+language plpgsql
+stable
+as $$
+declare
+  v_usage credits.usages;
+begin
+  select u.* into v_usage
+    from credits.usages u
+   where u.account_id = _usage.account_id and u.usage_id = _usage.usage_id;
+  return v_usage;
+end $$;
+
+create or replace function credits._replayed(usage credits.usages)
+returns credits.usage_result
+language sql
+stable
+as $$
+  select jsonb_populate_record(null::credits.usage_result, (_replayed.usage).result || '{"replayed": true}')
+$$;
+
+create or replace function credits._gate_hint(gate text)
+returns text
+language sql
+immutable
+as $$
+  select case _gate_hint.gate
+           when 'account'      then 'The account may not use credits in this status.'
+           when 'subscription' then 'The subscription allows no use in this state.'
+           when 'plan'         then 'One of the plans in detail.plans includes it.'
+           when 'quality'      then 'The plan has the qualities in detail.qualities.'
+           when 'model'        then 'The plan has the models in detail.models.'
+           when 'member'       then 'Only members of the organisation may use its credits: see set_member.'
+           when 'rate_limit'   then 'Try again at detail.resets_at.'
+           when 'monthly_cap'  then 'The plan allows no more until detail.resets_at.'
+           when 'member_limit' then 'The member has no more until detail.resets_at, unless the limit is raised.'
+           when 'balance'      then 'Top up, or use less.'
+         end
+$$;
+
+-- Books the admission: counted, and kept with the answer for whoever asks again.
+create or replace function credits._open_usage(
+  use         credits.use,
+  hold        credits.reserve_result,
+  fingerprint jsonb
+)
+returns credits.usage_result
+language plpgsql
+as $$
+declare
+  v_use    credits.use := _open_usage.use;
+  v_now    timestamptz := credits.now();
+  v_result credits.usage_result := row((_open_usage.hold).reservation_id, v_use.account_id, 'open', v_use.capability,
+             v_use.quality, v_use.model, v_use.amount, v_use.rate_id, (_open_usage.hold).expires_at,
+             credits._available(credits._balance(v_use.account_id), v_use.capability, v_now), false);
+begin
+  insert into credits.usages (authorized_at, account_id, usage_id, capability, quality, model, plan, rate_id, counts, units,
+    amount, counted_in, counted_units, counted_credits, fingerprint, result)
+  values (v_now, v_use.account_id, v_result.usage_id, v_use.capability, v_use.quality, v_use.model, v_use.plan, v_use.rate_id,
+    v_use.counts, v_use.units, v_use.amount, credits._count_use(v_use, v_now), v_use.units, v_use.amount,
+    _open_usage.fingerprint, to_jsonb(v_result));
+  return v_result;
+end $$;
+
+-- What was really used takes the place of what was announced.
+create or replace function credits._announce(
+  usage       credits.usages,
+  units       numeric,
+  unit_counts jsonb
+)
+returns credits.usages
+language plpgsql
+as $$
+declare
+  v_usage  credits.usages := _announce.usage;
+  v_unit   text;
+  v_counts jsonb;
+begin
+  if num_nonnulls(_announce.units, _announce.unit_counts) = 0 then
+    return v_usage;
+  end if;
+  select c.unit into v_unit from credits.capabilities c where c.code = v_usage.capability;
+  v_counts := credits._check_counts((select r.price from credits.rates r where r.rate_id = v_usage.rate_id),
+                                    credits._counts(v_unit, _announce.units, _announce.unit_counts));
+  update credits.usages u
+     set counts = v_counts,
+         units  = coalesce((v_counts ->> v_unit)::numeric, 0)
+   where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id
+  returning u.* into v_usage;
+  return v_usage;
+end $$;
+
+create or replace function credits._close_settled(
+  usage    credits.usages,
+  priced   credits.priced,
+  request  jsonb,
+  settled  credits.settle_result,
+  captured numeric
+)
+returns credits.settle_usage_result
+language plpgsql
+as $$
+declare
+  v_usage   credits.usages := _close_settled.usage;
+  v_settled credits.settle_result := _close_settled.settled;
+  v_result  credits.settle_usage_result := row(v_usage.usage_id, v_usage.account_id, v_settled.status, v_usage.capability,
+              v_usage.quality, v_usage.model, v_usage.units, v_usage.counts, trim_scale(v_settled.actual + _close_settled.captured),
+              trim_scale(v_settled.charged + _close_settled.captured), v_settled.uncollected, v_settled.released, v_settled.late,
+              v_usage.rate_id, (_close_settled.priced).explanation, v_settled.entry_seq, v_settled.balance,
+              v_settled.available, false);
+begin
+  update credits.usages u
+     set closing = jsonb_build_object('request', _close_settled.request, 'result', to_jsonb(v_result))
+   where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id;
+  return v_result;
+end $$;
+
+-- The end of a hold that a usage counts, whoever ended it. What was released has not taken place; what ran out may have, so
+-- the call stays counted and its credits are given back, until a late settle says how many it took.
+create or replace function credits._close_usage(
+  hold    credits.reservations,
+  status  text,
+  charged numeric
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_usage   credits.usages := credits._usage((_close_usage.hold).account_id, (_close_usage.hold).reservation_id);
+  v_settled boolean := _close_usage.status = 'settled';
+  v_units   numeric := case when v_settled or (_close_usage.hold).captured > 0 then v_usage.units else 0 end;
+  v_credits numeric := (_close_usage.hold).captured + coalesce(_close_usage.charged, 0);
+  v_unused  boolean := _close_usage.status = 'released' and (_close_usage.hold).captured = 0;
+begin
+  if v_usage.usage_id is null then
+    return;
+  end if;
+  perform credits._correct_windows(v_usage, case when v_unused then -1 else 0 end, v_units - v_usage.counted_units,
+                                   v_credits - v_usage.counted_credits);
+  if v_unused then
+    perform credits._unadmit(v_usage.account_id, split_part(n.name, '/', 1), v_usage.authorized_at)
+       from unnest(v_usage.counted_in) n (name)
+      where n.name like '%/rolling';
+  end if;
+  update credits.usages u
+     set status = _close_usage.status, closed_at = credits.now(), counted_units = v_units, counted_credits = v_credits
+   where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id;
+end $$;
