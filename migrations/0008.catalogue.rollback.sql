@@ -1,6 +1,7 @@
 set local role credits_owner;
 drop type credits.catalog_change, credits.catalog_problem, credits.quote_result, credits.access_result, credits.usage_result,
-  credits.settle_usage_result, credits.limit_result, credits.usage_summary, credits.member_result, credits.priced, credits.use_request, credits.plan_choice, credits.use;
+  credits.settle_usage_result, credits.limit_result, credits.usage_summary, credits.member_result, credits.priced, credits.use_request, credits.plan_choice, credits.usage_move, credits.window_use, credits.use;
+drop index credits.subscriptions_by_turn;
 alter table credits.members drop column active, drop column month_start, drop column month_used;
 delete from credits.reservations r where r.requested = 0 or r.amount = 0;
 alter table credits.reservations

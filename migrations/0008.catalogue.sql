@@ -188,6 +188,8 @@ alter table credits.members
 comment on column credits.members.active is 'Whether the member may use credits; rows stay, so that a limit is not forgotten.';
 comment on column credits.members.month_used is 'Credits used or held in the month of month_start, in the account''s time zone.';
 
+create index subscriptions_by_turn on credits.subscriptions (period_end) where source = 'internal';
+
 -- What callers get ---------------------------------------------------------------------------------------------------
 
 create type credits.catalog_change as (change text, path text, before jsonb, after jsonb);
@@ -216,6 +218,9 @@ create type credits.member_result as (
 create type credits.priced as (amount numeric, explanation jsonb);
 create type credits.use_request as (
   capability text, units numeric, unit_counts jsonb, quality text, model text, member_id text, rate_id bigint);
+create type credits.usage_move as (
+  at timestamptz, subject text, capability text, member_id text, reservation_id text, credits numeric, held numeric, use text);
+create type credits.window_use as (used numeric, resets_at timestamptz);
 create type credits.plan_choice as (quality text, model text, listed boolean);
 create type credits.use as (
   account_id text, kind text, time_zone text, plan text, capability text, unit text, quality text, model text, member_id text,

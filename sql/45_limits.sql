@@ -130,66 +130,92 @@ as $$
   select case _span.period when 'month' then interval '30 days' else ('1 ' || _span.period)::interval end
 $$;
 
--- The limits of a plan for a capability (without one, for all), as they stand. A hold that has run out counts no more, even if
--- nobody has booked that yet: those can only be after due_at.
+-- The limits of a plan for a capability (without one, for all), as they stand.
 create or replace function credits._limits(
   use    credits.use,
   due_at timestamptz,
   at     timestamptz
 )
 returns setof credits.limit_result
-language sql
+language plpgsql
 stable
 as $$
-  select case l.measure when 'calls' then 'rate_limit' else 'monthly_cap' end, l.capability, null, l.measure, l.period, l.rolling,
-         l.maximum, trim_scale(u.used), greatest(trim_scale(l.maximum - u.used), 0), u.resets_at
-    from credits.plan_limits l,
-         lateral (
-           select coalesce((select case l.measure when 'calls' then w.calls when 'units' then w.units else w.credits end
-                              from credits.usage_windows w
-                             where w.account_id = (_limits.use).account_id and w.capability = coalesce(l.capability, '')
-                               and w.period = l.period
-                               and w.window_start >= credits._window(l.period, _limits.at, (_limits.use).time_zone)), 0)
-                  - credits._run_out((_limits.use).account_id, coalesce(l.capability, ''), l.period, l.measure, _limits.due_at, _limits.at)
-                    as used,
-                  credits._window_end(l.period, _limits.at, (_limits.use).time_zone) as resets_at
-            where not l.rolling
-           union all
-           select coalesce(b.number - a.number + 1, 0),
-                  (select o.admitted_at from credits.usage_admissions o
-                    where o.account_id = (_limits.use).account_id and o.capability = coalesce(l.capability, '')
-                      and o.admitted_at >= a.admitted_at
-                    order by o.admitted_at, o.number
-                   offset greatest(b.number - a.number + 1 - l.maximum, 0) limit 1) + credits._span(l.period)
-             from (select) x
-             left join lateral credits._admission_after((_limits.use).account_id, coalesce(l.capability, ''),
-                                                        _limits.at - credits._span(l.period)) a on true
-             left join lateral credits._last_admission((_limits.use).account_id, coalesce(l.capability, '')) b on true
-            where l.rolling) u
-   where l.plan = (_limits.use).plan
-     and (l.capability is null or (_limits.use).capability is null or l.capability = (_limits.use).capability)
-$$;
+begin
+  return query
+    select case l.measure when 'calls' then 'rate_limit' else 'monthly_cap' end, l.capability, null::text, l.measure, l.period,
+           l.rolling, l.maximum, trim_scale(u.used), greatest(trim_scale(l.maximum - u.used), 0), u.resets_at
+      from credits.plan_limits l,
+           lateral (
+             select c.used, c.resets_at
+               from credits._calendar_use((_limits.use).account_id, coalesce(l.capability, ''), l.measure, l.period,
+                                          (_limits.use).time_zone, _limits.due_at, _limits.at) c
+              where not l.rolling
+             union all
+             select r.used, r.resets_at
+               from credits._rolling_use((_limits.use).account_id, coalesce(l.capability, ''), l.maximum,
+                                         credits._span(l.period), _limits.at) r
+              where l.rolling) u
+     where l.plan = (_limits.use).plan
+       and (l.capability is null or (_limits.use).capability is null or l.capability = (_limits.use).capability);
+end $$;
 
--- What a calendar window still counts of holds that have run out.
-create or replace function credits._run_out(
+-- What a window of the calendar counts. A hold that has run out counts no more, even if nobody has booked that yet; such
+-- ones are after due_at.
+create or replace function credits._calendar_use(
   account_id text,
   capability text,
-  period     text,
   measure    text,
+  period     text,
+  time_zone  text,
   due_at     timestamptz,
   at         timestamptz
 )
-returns numeric
+returns setof credits.window_use
 language sql
 stable
 as $$
-  select case when _run_out.due_at > _run_out.at or _run_out.measure = 'calls' then 0 else coalesce((
-           select sum(case _run_out.measure when 'units' then u.counted_units else u.counted_credits end)
+  select coalesce(case _calendar_use.measure when 'calls' then w.calls when 'units' then w.units else w.credits end, 0)
+         - case when _calendar_use.measure = 'calls' then 0 else coalesce(x.used, 0) end,
+         credits._window_end(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone)
+    from (select) one
+    left join credits.usage_windows w
+      on w.account_id = _calendar_use.account_id and w.capability = _calendar_use.capability
+     and w.period = _calendar_use.period
+     and w.window_start >= credits._window(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone)
+    left join lateral (
+           select sum(case _calendar_use.measure when 'units' then u.counted_units else u.counted_credits end) as used
              from credits.reservations r
              join credits.usages u on u.account_id = r.account_id and u.usage_id = r.reservation_id
-            where r.account_id = _run_out.account_id and r.status = 'open'
-              and r.expires_at between _run_out.due_at and _run_out.at
-              and _run_out.capability || '/' || _run_out.period = any (u.counted_in)), 0) end
+            where r.account_id = _calendar_use.account_id and r.status = 'open'
+              and r.expires_at between _calendar_use.due_at and _calendar_use.at
+              and _calendar_use.capability || '/' || _calendar_use.period = any (u.counted_in)
+              and u.authorized_at >= w.window_start) x on _calendar_use.due_at <= _calendar_use.at
+$$;
+
+-- What a rolling window counts: the calls from its first one to the last. Enough of them must leave it.
+create or replace function credits._rolling_use(
+  account_id text,
+  capability text,
+  maximum    numeric,
+  span       interval,
+  at         timestamptz
+)
+returns setof credits.window_use
+language sql
+stable
+as $$
+  select coalesce(b.number - a.number + 1, 0),
+         _rolling_use.span + case when b.number - a.number < _rolling_use.maximum then a.admitted_at else (
+           select o.admitted_at
+             from credits.usage_admissions o
+            where o.account_id = _rolling_use.account_id and o.capability = _rolling_use.capability
+              and o.admitted_at >= a.admitted_at
+            order by o.admitted_at, o.number
+           offset b.number - a.number + 1 - _rolling_use.maximum::bigint limit 1) end
+    from (select) one
+    left join lateral credits._admission_after(_rolling_use.account_id, _rolling_use.capability,
+                                               _rolling_use.at - _rolling_use.span) a on true
+    left join lateral credits._last_admission(_rolling_use.account_id, _rolling_use.capability) b on true
 $$;
 
 create or replace function credits._admission_after(
