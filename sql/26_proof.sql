@@ -66,6 +66,7 @@ begin
   return query select f.* from credits._audit_books() f;
   return query select f.* from credits._audit_purchases() f;
   return query select f.* from credits._audit_stripe() f;
+  return query select f.* from credits._audit_usages() f;
 end $$;
 comment on function credits.audit() is
 'Checks every invariant over the whole database; no rows means sound.
