@@ -128,6 +128,38 @@ class Client:
     def get_reservation(self, account_id: str | None, reservation_id: str | None) -> Any:
         return self.row("get_reservation", account_id=account_id, reservation_id=reservation_id)
 
+    def quote(self, account_id: str | None, capability: str | None, units: Amount | None = None, **more: Any) -> Any:
+        return self.row("quote", account_id=account_id, capability=capability, units=units, **more)
+
+    def check_access(
+        self, account_id: str | None, capability: str | None, units: Amount | None = None, **more: Any
+    ) -> Any:
+        return self.row("check_access", account_id=account_id, capability=capability, units=units, **more)
+
+    def authorize_usage(
+        self, account_id: str | None, capability: str | None, units: Amount | None = None, **more: Any
+    ) -> Any:
+        return self.row("authorize_usage", account_id=account_id, capability=capability, units=units, **more)
+
+    def settle_usage(
+        self, account_id: str | None, usage_id: str | None, units: Amount | None = None, **more: Any
+    ) -> Any:
+        return self.row("settle_usage", account_id=account_id, usage_id=usage_id, units=units, **more)
+
+    def get_limits(self, account_id: str | None, **more: Any) -> list[Any]:
+        return self.rows("get_limits", account_id=account_id, **more)
+
+    def get_usage(self, account_id: str | None, **more: Any) -> list[Any]:
+        return self.rows("get_usage", account_id=account_id, **more)
+
+    def grant_plan_credits(self, **more: Any) -> int:
+        value: int = self.row("grant_plan_credits", **more)[0]
+        return value
+
+    def initialize_plan_credits(self, **more: Any) -> int:
+        value: int = self.row("initialize_plan_credits", **more)[0]
+        return value
+
     def list_packages(self, **more: Any) -> list[Any]:
         return self.rows("list_packages", **more)
 
