@@ -224,7 +224,7 @@ create type credits.window_use as (used numeric, resets_at timestamptz);
 create type credits.plan_choice as (quality text, model text, listed boolean);
 create type credits.use as (
   account_id text, kind text, time_zone text, plan text, capability text, unit text, quality text, model text, member_id text,
-  counts jsonb, units numeric, rate_id bigint, amount numeric, explanation jsonb, available numeric, limits jsonb,
+  counts jsonb, units numeric, rate_id bigint, amount numeric, available numeric, limits jsonb,
   gate text, status integer, code text, detail jsonb);
 
 do $$

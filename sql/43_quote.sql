@@ -19,16 +19,19 @@ declare
   v_now     timestamptz := credits.now();
   v_request credits.use_request := row(quote.capability, quote.units, quote.unit_counts, quote.quality, quote.model, null, null);
   v_use     credits.use;
+  v_rate    credits.rates;
+  v_priced  credits.priced;
 begin
   v_use := credits._choose(credits._caller(credits._account(quote.account_id), v_now), v_request);
   if v_use.gate is not null then
     v_use.quality := quote.quality;
     v_use.model   := quote.model;
   end if;
-  v_use := credits._price_use(v_use, v_request, v_now);
-  return row(v_use.account_id, v_use.capability, v_use.quality, v_use.model, v_use.units, v_use.counts, v_use.amount,
-             v_use.rate_id, (select r.valid_from from credits.rates r where r.rate_id = v_use.rate_id),
-             v_use.explanation)::credits.quote_result;
+  v_use    := credits._price_use(v_use, v_request, v_now);
+  v_rate   := credits._rate_of(v_use.rate_id);
+  v_priced := credits._price(v_rate.price, v_use.counts, v_use.quality, v_use.model);
+  return row(v_use.account_id, v_use.capability, v_use.quality, v_use.model, v_use.units, v_use.counts,
+             v_priced.amount, v_rate.rate_id, v_rate.valid_from, v_priced.explanation)::credits.quote_result;
 end $$;
 comment on function credits.quote(text, text, numeric, text, text, jsonb) is
 'What a use of a capability would cost, in credits, and how the price comes about. Holds nothing.
@@ -138,9 +141,8 @@ language plpgsql
 stable
 as $$
 declare
-  v_use    credits.use := _price_use.use;
-  v_rate   credits.rates := credits._rate(v_use.capability, v_use.quality, v_use.model, _price_use.at);
-  v_priced credits.priced;
+  v_use  credits.use := _price_use.use;
+  v_rate credits.rates := credits._rate(v_use.capability, v_use.quality, v_use.model, _price_use.at);
 begin
   if (_price_use.request).rate_id <> v_rate.rate_id or v_rate.rate_id is null then
     v_rate := credits._quoted_rate(v_use, (_price_use.request).rate_id, _price_use.at);
@@ -148,11 +150,21 @@ begin
   v_use.rate_id := v_rate.rate_id;
   v_use.counts  := credits._check_counts(v_rate.price,
                      credits._counts(v_use.unit, (_price_use.request).units, (_price_use.request).unit_counts));
-  v_use.units   := coalesce((v_use.counts ->> v_use.unit)::numeric, 0);
-  v_priced      := credits._price(v_rate.price, v_use.counts, v_use.quality, v_use.model);
-  v_use.amount      := v_priced.amount;
-  v_use.explanation := v_priced.explanation;
+  v_use.units   := coalesce((v_use.counts -> v_use.unit)::numeric, 0);
+  v_use.amount  := credits._price_amount(v_rate.price, v_use.counts, v_use.quality, v_use.model);
   return v_use;
+end $$;
+
+create or replace function credits._rate_of(rate_id bigint)
+returns credits.rates
+language plpgsql
+stable
+as $$
+declare
+  v_rate credits.rates;
+begin
+  select r.* into v_rate from credits.rates r where r.rate_id = _rate_of.rate_id;
+  return v_rate;
 end $$;
 
 create or replace function credits._quoted_rate(

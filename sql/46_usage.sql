@@ -101,8 +101,7 @@ begin
     perform credits._fail_closed(v_hold);
   end if;
   v_usage  := credits._announce(v_usage, settle_usage.units, settle_usage.unit_counts);
-  v_priced := credits._price((select r.price from credits.rates r where r.rate_id = v_usage.rate_id), v_usage.counts,
-                             v_usage.quality, v_usage.model);
+  v_priced := credits._price((credits._rate_of(v_usage.rate_id)).price, v_usage.counts, v_usage.quality, v_usage.model);
   return credits._close_settled(v_usage, v_priced, v_print, credits._settle(settle_usage.account_id, settle_usage.usage_id,
     greatest(v_priced.amount - v_hold.captured, 0), settle_usage.on_overage, settle_usage.metadata), v_hold.captured);
 end $$;
@@ -205,7 +204,7 @@ begin
     return v_usage;
   end if;
   select c.unit into v_unit from credits.capabilities c where c.code = v_usage.capability;
-  v_counts := credits._check_counts((select r.price from credits.rates r where r.rate_id = v_usage.rate_id),
+  v_counts := credits._check_counts((credits._rate_of(v_usage.rate_id)).price,
                                     credits._counts(v_unit, _announce.units, _announce.unit_counts));
   update credits.usages u
      set counts = v_counts,
