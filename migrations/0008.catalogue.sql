@@ -78,6 +78,9 @@ create table credits.plan_limits (
   period     text    not null,
   rolling    boolean not null default false,
   maximum    numeric not null,
+  span       interval not null generated always as (
+               case period when 'minute' then interval '1 minute' when 'hour' then interval '1 hour'
+                           when 'day' then interval '1 day' else interval '30 days' end) stored,
   constraint plan_limits_one_per_window unique nulls not distinct (plan, capability, measure, period, rolling),
   foreign key (plan, capability) references credits.plan_capabilities (plan, capability) on delete cascade,
   constraint plan_limits_measure_is_known check (measure in ('calls', 'units', 'credits')),
@@ -90,6 +93,7 @@ create table credits.plan_limits (
 );
 comment on table credits.plan_limits is 'Rate limits (calls per window) and monthly caps (units or credits) of a plan.';
 comment on column credits.plan_limits.capability is 'Null counts all capabilities together.';
+comment on column credits.plan_limits.span is 'How long a rolling window is.';
 comment on column credits.plan_limits.rolling is
   'Whether the window is the time just before each call; else it is a minute, hour, day or month of the account''s calendar.';
 
@@ -112,6 +116,40 @@ comment on column credits.rates.model is 'Null is every model without a rate of 
 comment on column credits.rates.valid_from is 'In force from here until the next rate of the same capability, quality and model.';
 comment on column credits.rates.valid_until is 'When it left the catalogue.';
 comment on column credits.rates.price is 'The price, as the catalogue document says it, in full: see docs/catalog.md.';
+
+-- A look at access is mostly answered by one row of these and the account's own.
+create table credits.offers (
+  plan          text    not null,
+  capability    text    not null,
+  asked_quality text    not null,
+  asked_model   text    not null,
+  offered_by    text    not null,
+  quality       text,
+  model         text,
+  flat          numeric,
+  unit_price    numeric,
+  rate_id       bigint  not null,
+  valid_until   timestamptz not null,
+  primary key (plan, capability, asked_quality, asked_model),
+  constraint offers_have_one_simple_price check (num_nonnulls(flat, unit_price) = 1)
+);
+comment on table credits.offers is
+  'What plans offer without limits and at a simple price, worked out of the catalogue by _work_out_offers(). A shortcut of check_access(): what is not here is found the general way.';
+comment on column credits.offers.plan is 'Empty for accounts without a plan, who have the offers of the default one.';
+comment on column credits.offers.asked_quality is 'Empty if the call names none; asked_model likewise.';
+comment on column credits.offers.flat is 'Credits of a call, however many units.';
+comment on column credits.offers.unit_price is 'Credits of a unit; the sum is rounded half up to 6 decimals.';
+comment on column credits.offers.valid_until is 'When another rate comes into force.';
+alter table credits.balances add column plan text default '';
+update credits.balances b
+   set plan = case when not exists (select from credits.subscriptions s
+                                      join credits.subscription_states t on t.state = s.state
+                                     where s.account_id = a.account_id and not t.may_receive and not t.terminal)
+                   then coalesce(a.plan, '') end
+  from credits.accounts a
+ where a.account_id = b.account_id;
+comment on column credits.balances.plan is
+  'The plan whose offers the account has, here for whoever looks; empty if it has none, null if its subscription must be asked first.';
 
 -- What is used -------------------------------------------------------------------------------------------------------
 
@@ -221,6 +259,8 @@ create type credits.use_request as (
 create type credits.usage_move as (
   at timestamptz, subject text, capability text, member_id text, reservation_id text, credits numeric, held numeric, use text);
 create type credits.window_use as (used numeric, resets_at timestamptz);
+create type credits.askable as (plan text, capability text, unit text, quality text, model text);
+create type credits.simple_price as (flat numeric, unit_price numeric);
 create type credits.plan_choice as (quality text, model text, listed boolean);
 create type credits.use as (
   account_id text, kind text, time_zone text, plan text, capability text, unit text, quality text, model text, member_id text,
@@ -232,7 +272,7 @@ declare
   v_table text;
 begin
   foreach v_table in array array['capabilities', 'quality_levels', 'models', 'plan_capabilities', 'plan_qualities',
-                                 'plan_limits', 'rates', 'usages', 'usage_windows', 'usage_admissions'] loop
+                                 'plan_limits', 'rates', 'offers', 'usages', 'usage_windows', 'usage_admissions'] loop
     execute format('alter table credits.%I enable row level security', v_table);
   end loop;
 end $$;

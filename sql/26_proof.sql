@@ -109,11 +109,13 @@ begin
 
   return query
     select 'balance_knows_its_account', b.account_id,
-           jsonb_build_object('status', b.status, 'account_status', a.status, 'has_scoped', b.has_scoped)
+           jsonb_build_object('status', b.status, 'account_status', a.status, 'has_scoped', b.has_scoped, 'plan', b.plan,
+                              'account_plan', a.plan)
       from credits.balances b
       join credits.accounts a on a.account_id = b.account_id
      where (_audit_ledger.account_id is null or b.account_id = _audit_ledger.account_id)
        and (b.status <> a.status
+            or b.plan is distinct from case when not credits._must_ask_subscription(b.account_id) then coalesce(a.plan, '') end
             or not b.has_scoped and exists (select from credits.grants g
                                              where g.account_id = b.account_id and g.scope is not null));
 

@@ -242,6 +242,18 @@ as $$
                     from credits.subscription_history h where h.account_id = s.account_id) h
 $$;
 
+-- Whether a subscription may keep the account from spending: one that has stopped receiving, and is not over.
+create or replace function credits._must_ask_subscription(account_id text)
+returns boolean
+language plpgsql
+stable
+as $$
+begin
+  return exists (select from credits.subscriptions s
+                   join credits.subscription_states t on t.state = s.state
+                  where s.account_id = _must_ask_subscription.account_id and not t.may_receive and not t.terminal);
+end $$;
+
 -- After anything about an account's subscriptions has changed: its plan, and the credits that are to come.
 create or replace function credits._refresh_plan(
   account_id text,
@@ -260,5 +272,7 @@ begin
   if v_account.plan is distinct from v_plan then
     update credits.accounts a set plan = v_plan where a.account_id = _refresh_plan.account_id;
   end if;
+  v_plan := case when not credits._must_ask_subscription(_refresh_plan.account_id) then coalesce(v_plan, '') end;
+  update credits.balances b set plan = v_plan where b.account_id = _refresh_plan.account_id and b.plan is distinct from v_plan;
   perform credits._forget_subscription(_refresh_plan.account_id);
 end $$;

@@ -98,7 +98,8 @@ begin
   elsif v_plan is null then
     return credits._refuse(v_use, 'plan', 403, 'plan_required', jsonb_build_object(
       'plan', v_use.plan, 'capability', v_use.capability, 'plans', credits._plans_with(v_use.capability)));
-  elsif v_listed is null and num_nonnulls((_choose.request).quality, (_choose.request).model) > 0 then
+  elsif v_listed is null and (num_nonnulls((_choose.request).quality, (_choose.request).model) > 0
+                              or credits._has_qualities(v_plan, v_use.capability)) then
     return credits._refuse_choice(v_use, _choose.request);
   end if;
   return v_use;
@@ -129,6 +130,20 @@ as $$
    order by l.display_order, l.code, q.rank
    limit 1
 $$;
+
+create or replace function credits._has_qualities(
+  plan       text,
+  capability text
+)
+returns boolean
+language plpgsql
+stable
+as $$
+begin
+  return exists (select from credits.plan_qualities q
+                  where q.plan = _has_qualities.plan
+                    and (q.capability = _has_qualities.capability or q.capability is null));
+end $$;
 
 -- The price of a use, by the rate in force or, for a while, by that of a quote.
 create or replace function credits._price_use(

@@ -121,15 +121,6 @@ as $$
                     + ('1 ' || _window_end.period)::interval) at time zone _window_end.time_zone end
 $$;
 
--- How long a rolling window is.
-create or replace function credits._span(period text)
-returns interval
-language sql
-immutable
-as $$
-  select case _span.period when 'month' then interval '30 days' else ('1 ' || _span.period)::interval end
-$$;
-
 -- The limits of a plan for a capability (without one, for all), as they stand.
 create or replace function credits._limits(
   use    credits.use,
@@ -152,8 +143,8 @@ begin
               where not l.rolling
              union all
              select r.used, r.resets_at
-               from credits._rolling_use((_limits.use).account_id, coalesce(l.capability, ''), l.maximum,
-                                         credits._span(l.period), _limits.at) r
+               from credits._rolling_use((_limits.use).account_id, coalesce(l.capability, ''), l.maximum, l.span,
+                                         _limits.at) r
               where l.rolling) u
      where l.plan = (_limits.use).plan
        and (l.capability is null or (_limits.use).capability is null or l.capability = (_limits.use).capability);
@@ -309,7 +300,7 @@ as $$
              from credits.usage_admissions o
             where o.account_id = _forget_admissions.account_id and o.capability = _forget_admissions.capability
               and o.admitted_at <= _forget_admissions.at - (
-                    select max(credits._span(l.period))
+                    select max(l.span)
                       from credits.plan_limits l
                      where l.rolling and coalesce(l.capability, '') = _forget_admissions.capability)
             order by o.admitted_at, o.number

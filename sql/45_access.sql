@@ -1,4 +1,4 @@
--- What an account may use: the gates, one after the other. check_access shows the answer, authorize_usage of 46_usage.sql asks
+-- What an account may use: the gates, one after the other. check_access shows the answer, authorize_usage of 47_usage.sql asks
 -- the same under the lock of the account and acts on it.
 
 create or replace function credits.check_access(
@@ -17,12 +17,31 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_use credits.use := credits._decide(
+  v_use    credits.use;
+  v_result credits.access_result;
+begin
+  -- Mostly one row of the account and one of the catalogue say it all; whatever else there is goes the general way.
+  select b.account_id, true, null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
+         trim_scale(b.balance - b.held), o.rate_id, null::jsonb, null::jsonb
+    into v_result
+    from credits.balances b
+    join credits.offers o
+      on o.plan = b.plan and o.capability = check_access.capability
+     and o.asked_quality = coalesce(check_access.quality, '') and o.asked_model = coalesce(check_access.model, ''),
+         lateral (select coalesce(o.flat, trim_scale(round(o.unit_price * check_access.units, 6))) as amount) x
+   where b.account_id = check_access.account_id and b.status = 'active' and credits._is_plain(b)
+     and o.valid_until > credits.now() and check_access.member_id is null and check_access.unit_counts is null
+     and (o.flat is not null and check_access.units is null or credits._is_amount(check_access.units))
+     and b.balance - b.held >= x.amount;
+  if found then
+    return v_result;
+  end if;
+
+  v_use := credits._decide(
     credits._balance(check_access.account_id),
     row(check_access.capability, check_access.units, check_access.unit_counts, check_access.quality, check_access.model,
         check_access.member_id, null)::credits.use_request,
     check_access.account_id);
-begin
   return row(v_use.account_id, v_use.gate is null, v_use.gate, v_use.status, v_use.code, v_use.capability, v_use.quality,
              v_use.model, v_use.plan, v_use.amount, v_use.available, v_use.rate_id, v_use.detail,
              v_use.limits)::credits.access_result;
@@ -103,9 +122,7 @@ as $$
 declare
   v_state credits.subscription_state_result;
 begin
-  if exists (select from credits.subscriptions s
-               join credits.subscription_states t on t.state = s.state
-              where s.account_id = (_ask_subscription.use).account_id and not t.may_receive and not t.terminal) then
+  if credits._must_ask_subscription((_ask_subscription.use).account_id) then
     v_state := credits.get_subscription_state((_ask_subscription.use).account_id);
     if not v_state.may_spend then
       return credits._refuse(_ask_subscription.use, 'subscription', 403, 'subscription_inactive',
@@ -132,7 +149,7 @@ declare
 begin
   select coalesce(jsonb_agg(l.code order by l.display_order, l.code), '[]') into v_qualities
     from credits.quality_levels l, lateral credits._plan_choice(v_use.plan, v_use.capability, l.code, null);
-  if v_request.quality is not null and not v_qualities ? v_request.quality then
+  if v_request.model is null or v_request.quality is not null and not v_qualities ? v_request.quality then
     return credits._refuse(v_use, 'quality', 403, 'quality_not_in_plan', jsonb_build_object(
       'plan', v_use.plan, 'capability', v_use.capability, 'quality', v_request.quality, 'qualities', v_qualities));
   end if;

@@ -1,0 +1,81 @@
+-- Offers: what plans let their accounts use without a limit and at a simple price, worked out whenever the catalogue changes. They
+-- only answer check_access() sooner; authorize_usage() always goes the general way.
+
+create or replace function credits._work_out_offers()
+returns void
+language plpgsql
+as $$
+declare
+  v_now timestamptz := credits.now();
+begin
+  delete from credits.offers;
+  insert into credits.offers (plan, capability, asked_quality, asked_model, offered_by, quality, model, flat, unit_price, rate_id,
+    valid_until)
+  select x.plan, a.capability, a.quality, a.model, a.plan, c.quality, c.model, s.flat, s.unit_price, r.rate_id,
+         credits._rate_until(r, c.quality, c.model, v_now)
+    from credits._askable() a
+    join credits.plans p on p.code = a.plan,
+         lateral (values (a.plan), (case when p.is_default then '' end)) x (plan),
+         lateral (select f.quality, f.model
+                    from credits._plan_choice(a.plan, a.capability, nullif(a.quality, ''), nullif(a.model, '')) f
+                  union all
+                  select null, null
+                   where a.quality = '' and a.model = '' and not credits._has_qualities(a.plan, a.capability)) c,
+         lateral credits._rate(a.capability, c.quality, c.model, v_now) r,
+         lateral credits._simple_price(r.price, c.quality, c.model, a.unit) s
+   where x.plan is not null and num_nonnulls(s.flat, s.unit_price) = 1;
+end $$;
+
+-- What can be asked of a plan: each capability without limits, with or without each quality and model that it has.
+create or replace function credits._askable()
+returns setof credits.askable
+language sql
+stable
+as $$
+  select distinct p.plan, p.capability, c.unit, a.quality, b.model
+    from credits.plan_capabilities p
+    join credits.capabilities c on c.code = p.capability and c.active
+    left join credits.plan_qualities q on q.plan = p.plan and (q.capability = p.capability or q.capability is null),
+         lateral (values (''), (q.quality)) a (quality),
+         lateral (values (''), (q.model)) b (model)
+   where a.quality is not null and b.model is not null
+     and not exists (select from credits.plan_limits l
+                      where l.plan = p.plan and (l.capability = p.capability or l.capability is null))
+$$;
+
+-- Until when a rate is the one in force: until it leaves the catalogue, or another one for the same comes.
+create or replace function credits._rate_until(
+  rate    credits.rates,
+  quality text,
+  model   text,
+  at      timestamptz
+)
+returns timestamptz
+language sql
+stable
+as $$
+  select least((_rate_until.rate).valid_until, min(n.valid_from))
+    from credits.rates n
+   where n.capability = (_rate_until.rate).capability and n.valid_from > _rate_until.at
+     and (n.quality is null or n.quality = _rate_until.quality) and (n.model is null or n.model = _rate_until.model)
+$$;
+
+-- A price of flat lines alone is one amount; one line of plain units, rounded half up to 6 decimals, is one product.
+create or replace function credits._simple_price(
+  price   jsonb,
+  quality text,
+  model   text,
+  unit    text
+)
+returns setof credits.simple_price
+language sql
+stable
+as $$
+  select case when not jsonb_path_exists(_simple_price.price, '$.lines[*] ? (!exists (@.flat))')
+              then credits._price_amount(_simple_price.price, '{}', _simple_price.quality, _simple_price.model) end,
+         case when jsonb_array_length(_simple_price.price -> 'lines') = 1 and not _simple_price.price ?| '{minimum,maximum}'
+                and l.line ? 'credits' and not l.line ?| '{per,block}' and l.line ->> 'unit' = _simple_price.unit
+                and l.line ->> 'rounding' = 'half_up' and l.line ->> 'decimals' = '6'
+              then (l.line -> 'credits')::numeric * credits._multiplier(_simple_price.price, _simple_price.quality, _simple_price.model) end
+    from (select _simple_price.price -> 'lines' -> 0 as line) l
+$$;
