@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 from psycopg import Connection, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.types.json import Jsonb
 from stream import Shape, steps
 
 from pgcredits import embedded, migrate
@@ -156,6 +157,40 @@ def prepare(database: Database, accounts: int, home: Path) -> None:
             "insert into floor.entries (account_id, seq, amount, balance_after)"
             " select 'acct_' || n, -i, -1, 3000000000 + i from generate_series(1, %s) i, generate_series(1, %s) n",
             [past, accounts],
+        )
+    _vacuum(database)
+
+
+def prepare_access(database: Database, accounts: int) -> None:
+    """Lay out a catalogue of usual size, with as many accounts on its largest plan."""
+    names = {
+        "capabilities": "chapter image outline enhance summary title cover speech video chat code search".split(),
+        "quality_levels": "draft good best".split(),
+        "models": "tiny small medium large huge painter speaker".split(),
+    }
+    qualities = {"draft": ["tiny"], "good": ["small"], "best": ["large", "medium"]}
+    limits = [{"calls": 1_000_000_000, "per": "minute"}, {"calls": 1_000_000_000, "per": "day"}]
+    catalog = {
+        **{section: {name: {"name": name} for name in listed} for section, listed in names.items()},
+        "plans": {
+            f"plan{number}": {
+                "name": f"Plan {number}",
+                "capabilities": {
+                    name: {"qualities": qualities, "limits": limits if name == "image" else []}
+                    for name in names["capabilities"][: 3 * number]
+                },
+            }
+            for number in range(1, 5)
+        },
+        "rates": [{"capability": name, "price": {"credits": 0.001}} for name in names["capabilities"]],
+    }
+    with database.connect() as conn:
+        conn.execute("select credits.apply_catalog(%s)", [Jsonb(catalog)])
+        conn.execute(
+            "select credits.open_account(x.name, plan => 'plan4'),"
+            "       credits.grant_credits(x.name, 1000000000, 'purchase', key => 'bought')"
+            "  from generate_series(1, %s) n, lateral (values ('user_' || n)) x (name)",
+            [accounts],
         )
     _vacuum(database)
 

@@ -13,7 +13,17 @@ from typing import Annotated, Any
 
 import psycopg
 import typer
-from cluster import BenchError, Database, find_install, given, prepare, prepare_stream, private, settings
+from cluster import (
+    BenchError,
+    Database,
+    find_install,
+    given,
+    prepare,
+    prepare_access,
+    prepare_stream,
+    private,
+    settings,
+)
 from measure import BATCH, Bench, Cell, Operation
 from plans import explain
 from report import Report, Timing, machine
@@ -26,9 +36,14 @@ SPEND = Operation("spend", "spend.sql", goal=0.5)
 PAIR = Operation("reserve + settle", "reserve_settle.sql", goal=0.28)
 READ = Operation("get_balance", "get_balance.sql")
 PURCHASE = Operation("Stripe purchase", "purchase.sql")
+LOOKUP = Operation("primary-key select", "lookup.sql")
+CHECK = Operation("check_access", "check_access.sql", against="select", goal=0.35)
+CHECK_LIMITED = Operation("check_access, two limits", "check_limited.sql", against="select")
+USAGE = Operation("authorize_usage + settle_usage", "usage.sql")
+USAGE_LIMITED = Operation("the same, two limits", "usage_limited.sql")
 EVENTS = Operation("Stripe events, mixed stream", "stripe_events.sql")
 MANY = Operation(f"spend_many of {BATCH}", "spend_many.sql", against="spend", goal=8, makes=BATCH)
-GROUPS = ("all", "hot", "many", "other", "events", "chain")
+GROUPS = ("all", "hot", "many", "other", "access", "events", "chain")
 CHAIN = ("_entry_hash", "_next_hash", "_entry_text")
 CONSTANTS = {"bytea": "\\x00", "text": ""}
 TABLES = ("balances", "grants", "reservations")
@@ -54,6 +69,12 @@ def measure(bench: Bench, groups: list[str], clients: list[int]) -> list[Cell]:
         cells += bench.alternate(SPEND, [MANY], 1)
     for number in clients if "other" in groups else []:
         cells += bench.alternate(FLOOR, [READ, PURCHASE], number)
+    if "access" in groups:
+        bench.said("laying out a catalogue")
+        prepare_access(bench.database, bench.accounts)
+    for number in clients if "access" in groups else []:
+        cells += bench.alternate(LOOKUP, [CHECK, CHECK_LIMITED], number)
+        cells += bench.alternate(FLOOR, [USAGE, USAGE_LIMITED], number)
     return cells
 
 
