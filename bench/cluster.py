@@ -164,9 +164,22 @@ def prepare(database: Database, accounts: int, home: Path) -> None:
 def prepare_access(database: Database, accounts: int) -> None:
     """Lay out a catalogue of usual size, with as many accounts on its largest plan."""
     names = {
-        "capabilities": "chapter image outline enhance summary title cover speech video chat code search".split(),
-        "quality_levels": "draft good best".split(),
-        "models": "tiny small medium large huge painter speaker".split(),
+        "capabilities": [
+            "chapter",
+            "image",
+            "outline",
+            "enhance",
+            "summary",
+            "title",
+            "cover",
+            "speech",
+            "video",
+            "chat",
+            "code",
+            "search",
+        ],
+        "quality_levels": ["draft", "good", "best"],
+        "models": ["tiny", "small", "medium", "large", "huge", "painter", "speaker"],
     }
     qualities = {"draft": ["tiny"], "good": ["small"], "best": ["large", "medium"]}
     limits = [{"calls": 1_000_000_000, "per": "minute"}, {"calls": 1_000_000_000, "per": "day"}]
