@@ -14,7 +14,7 @@ grant execute on function
   credits.grant_credits, credits.adjust, credits.revoke_grant, credits.transfer_credits,
   credits.spend, credits.spend_many, credits.refund_spend,
   credits.reserve, credits.capture, credits.settle, credits.release, credits.extend, credits.get_reservation,
-  credits.list_packages, credits.load_demo_catalog,
+  credits.list_packages, credits.apply_catalog, credits.get_catalog, credits.load_demo_catalog,
   credits.get_subscription_state, credits.change_plan, credits.cancel_plan, credits.resume_plan, credits.set_time_zone,
   credits.get_user_subscription_state, credits.update_subscription_cache, credits.clear_expired_subscription_cache,
   credits.clear_all_subscription_cache, credits.get_subscription_cache_status, credits.get_cache_cleanup_history,
