@@ -1,4 +1,4 @@
-"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit."""
+"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit, catalog apply, diff, export."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
-from pgcredits import __version__, db, demo, migrate
+from pgcredits import __version__, catalog, db, demo, migrate
 from pgcredits.app import create_app
 from pgcredits.settings import Settings, SettingsError
 
@@ -26,15 +26,18 @@ cli = typer.Typer(
     help="Prepaid credits inside your own Postgres.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+catalog_cli = typer.Typer(help="The catalogue as a document: docs/catalog.md.", no_args_is_help=True)
+cli.add_typer(catalog_cli, name="catalog")
 console = Console()
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
+CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - is standard input.")]
 
 
 def main() -> None:
     """Entry point: errors that an operator can understand are one sentence, not a traceback."""
     from pgcredits.embedded import EmbeddedError  # noqa: PLC0415 - see _database
 
-    known = (migrate.DeployError, SettingsError, EmbeddedError, demo.DemoError, psycopg.Error)
+    known = (migrate.DeployError, SettingsError, EmbeddedError, demo.DemoError, catalog.CatalogError, psycopg.Error)
     try:
         cli()
     except known as error:
@@ -44,6 +47,9 @@ def main() -> None:
 
 def _complain(error: Exception) -> None:
     text = str(error).strip()
+    if isinstance(error, catalog.CatalogError):
+        print(text, file=sys.stderr, flush=True)  # its lines begin with the file, for editors to jump to
+        return
     if isinstance(error, psycopg.Error) and error.diag.message_primary:
         parts = (error.diag.message_primary, error.diag.message_hint, error.diag.message_detail)
         text = " · ".join(part for part in parts if part)
@@ -143,6 +149,42 @@ def audit(dsn: Dsn = "") -> None:
         table.add_row(*(str(value) for value in row.values()))
     console.print(table)
     raise typer.Exit(1)
+
+
+@catalog_cli.command("apply")
+def catalog_apply(file: CatalogFile, dsn: Dsn = "") -> None:
+    """Make the catalogue what a document says, wholly or not at all, and print what that changed."""
+    _show_changes(file, dsn, dry_run=False)
+
+
+@catalog_cli.command("diff")
+def catalog_diff(
+    file: CatalogFile,
+    dsn: Dsn = "",
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 if anything would change.")] = False,
+) -> None:
+    """Print what applying a document would change, and change nothing."""
+    if _show_changes(file, dsn, dry_run=True) and check:
+        raise typer.Exit(1)
+
+
+@catalog_cli.command("export")
+def catalog_export(
+    file: Annotated[str, typer.Argument(metavar="[FILE]", help="Default: standard output.")] = "-", dsn: Dsn = ""
+) -> None:
+    """Write the catalogue as a document that, applied again, changes nothing."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        text = catalog.export(conn)
+    catalog.write(file, text)
+
+
+def _show_changes(file: str, dsn: str, *, dry_run: bool) -> bool:
+    document = catalog.read(file)
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        changes = catalog.apply(conn, document, dry_run=dry_run)
+    print("\n".join(changes) or "Nothing to change.")
+    return bool(changes)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ grant execute on function
   credits.reserve, credits.capture, credits.settle, credits.release, credits.extend, credits.get_reservation,
   credits.quote, credits.check_access, credits.authorize_usage, credits.settle_usage, credits.get_limits, credits.get_usage,
   credits.grant_plan_credits, credits.initialize_plan_credits,
-  credits.list_packages, credits.load_demo_catalog,
+  credits.list_packages, credits.apply_catalog, credits.get_catalog, credits.load_demo_catalog,
   credits.get_subscription_state, credits.change_plan, credits.cancel_plan, credits.resume_plan, credits.set_time_zone,
   credits.get_user_subscription_state, credits.update_subscription_cache, credits.clear_expired_subscription_cache,
   credits.clear_all_subscription_cache, credits.get_subscription_cache_status, credits.get_cache_cleanup_history,

@@ -52,6 +52,12 @@ select 'handler does not exist', h.event_type || ': ' || h.handler
 union all
 select 'effect does not exist', t.from_state || ' to ' || t.to_state || ': ' || t.effect
   from credits.subscription_transitions t
- where not exists (select from functions f where f.schema = 'credits' and f.proname = t.effect);
+ where not exists (select from functions f where f.schema = 'credits' and f.proname = t.effect)
+union all
+select 'key of the catalogue is no column', s.section || '.' || c.name
+  from unnest(array['capabilities', 'quality_levels', 'models', 'packages', 'plans']) s (section)
+  cross join unnest(credits._catalog_columns(s.section) || array['code', 'active']) c (name)
+ where not exists (select from pg_catalog.pg_attribute a
+                    where a.attrelid = pg_catalog.to_regclass('credits.' || s.section) and a.attname = c.name and not a.attisdropped);
 comment on view credits.house_rule_violations is
   'Breaches of the rules of the house. Must be empty: migrate refuses to finish while it has rows.';

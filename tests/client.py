@@ -163,6 +163,12 @@ class Client:
     def list_packages(self, **more: Any) -> list[Any]:
         return self.rows("list_packages", **more)
 
+    def apply_catalog(self, catalog: Any, **more: Any) -> list[Any]:
+        return self.rows("apply_catalog", catalog=psycopg.types.json.Jsonb(catalog), **more)
+
+    def get_catalog(self) -> Any:
+        return self.row("get_catalog")[0]
+
     def load_demo_catalog(self) -> None:
         self.row("load_demo_catalog")
 

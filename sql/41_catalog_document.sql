@@ -1,0 +1,261 @@
+-- The catalogue's document: what it is made of, and everything that is wrong with one. Nothing here is written.
+-- Checks take any JSON and never raise, so that all problems are found at once.
+
+-- For each kind of record its keys, what each must be, and what it is if it is not given; a key without that must be given.
+-- A map goes by codes, "of" a section where they must be in it; the name of a section is one of its codes.
+create or replace function credits._catalog_shape()
+returns jsonb
+language sql
+immutable
+as $$
+  select jsonb '{
+    "catalog": {
+      "capabilities":     [{"map": "capability"}, null],
+      "quality_levels":   [{"map": "quality_level"}, null],
+      "models":           [{"map": "model"}, null],
+      "packages":         [{"map": "package"}, null],
+      "plans":            [{"map": "plan"}, null],
+      "rates":            [{"list": "rate"}, null]},
+    "capability": {
+      "name":             ["name", null],
+      "description":      ["text", null],
+      "unit":             ["name", "unit"],
+      "display_order":    ["integer", 0],
+      "active":           ["boolean", true]},
+    "quality_level": {
+      "name":             ["name", null],
+      "description":      ["text", null],
+      "display_order":    ["integer", 0],
+      "active":           ["boolean", true]},
+    "model": {
+      "name":             ["name", null],
+      "description":      ["text", null],
+      "display_order":    ["integer", 0],
+      "active":           ["boolean", true]},
+    "package": {
+      "name":             ["name"],
+      "description":      ["text", null],
+      "credits":          ["positive"],
+      "price":            ["minor units"],
+      "currency":         ["currency"],
+      "discount_percent": ["percentage", 0],
+      "popular":          ["boolean", false],
+      "display_order":    ["integer", 0],
+      "active":           ["boolean", true],
+      "stripe_product_id": ["name", null],
+      "stripe_price_id":  ["name", null]},
+    "plan": {
+      "name":             ["name"],
+      "description":      ["text", null],
+      "monthly_credits":  ["amount", 0],
+      "trial_credits":    ["amount", 0],
+      "rollover":         ["none|all|cap", "none"],
+      "rollover_cap":     ["positive", null],
+      "seats":            ["seats", null],
+      "is_default":       ["boolean", false],
+      "display_order":    ["integer", 0],
+      "active":           ["boolean", true],
+      "stripe_product_id": ["name", null],
+      "stripe_price_ids": [{"list": "name"}, []],
+      "qualities":        [{"map": {"list": "models"}, "of": "quality_levels"}, {}],
+      "limits":           [{"list": "limit"}, []],
+      "capabilities":     [{"map": "use", "of": "capabilities"}, {}]},
+    "use": {
+      "qualities":        [{"map": {"list": "models"}, "of": "quality_levels"}, {}],
+      "limits":           [{"list": "limit"}, []]},
+    "limit": {
+      "calls":            ["whole amount", null],
+      "units":            ["amount", null],
+      "credits":          ["amount", null],
+      "per":              ["minute|hour|day|month"],
+      "rolling":          ["boolean", false]},
+    "rate": {
+      "capability":       ["capabilities"],
+      "quality":          ["quality_levels", null],
+      "model":            ["models", null],
+      "valid_from":       ["moment", null],
+      "price":            ["price"]}
+  }'
+$$;
+
+-- The keys of a section's records that are columns of its table, which bears the section's name.
+create or replace function credits._catalog_columns(section text)
+returns text[]
+language sql
+immutable
+as $$
+  select array_agg(k.key order by k.key)
+    from credits._catalog_shape() s (shape)
+    cross join jsonb_each(s.shape -> (s.shape #>> array['catalog', _catalog_columns.section, '0', 'map'])) k
+   where k.key not in ('qualities', 'limits', 'capabilities')
+$$;
+
+-- A part of a catalogue that has no problems, with all its keys: defaults filled in, what is unknown left out. Or plain:
+-- without what is default. A name that may be left out is the code.
+create or replace function credits._shaped(
+  type  jsonb,
+  value jsonb,
+  plain boolean
+)
+returns jsonb
+language plpgsql
+immutable
+as $$
+declare
+  v_shape jsonb := credits._catalog_shape() -> (_shaped.type #>> '{}');
+begin
+  if _shaped.type ? 'map' then
+    return (select coalesce(jsonb_object_agg(e.key,
+                     case when s.value -> 'name' = 'null' then s.value || jsonb_build_object('name', e.key) else s.value end), '{}')
+              from jsonb_each(_shaped.value) e
+              cross join lateral (
+                select credits._shaped(_shaped.type -> 'map', e.value, _shaped.plain)) s (value));
+  elsif _shaped.type ? 'list' then
+    return (select coalesce(jsonb_agg(credits._shaped(_shaped.type -> 'list', e.value, _shaped.plain) order by e.number), '[]')
+              from jsonb_array_elements(_shaped.value) with ordinality e (value, number));
+  elsif v_shape is null then
+    return _shaped.value;
+  end if;
+  return (select coalesce(jsonb_object_agg(k.key, s.value)
+                            filter (where not _shaped.plain or s.value is distinct from k.value -> 1), '{}')
+            from jsonb_each(v_shape) k
+            cross join lateral (
+              select coalesce(nullif(_shaped.value -> k.key, 'null'), k.value -> 1)) g (value)
+            cross join lateral (
+              select case when jsonb_typeof(k.value -> 0) = 'object' and g.value <> 'null'
+                          then credits._shaped(k.value -> 0, g.value, _shaped.plain) else g.value end) s (value));
+end $$;
+
+-- What is wrong ------------------------------------------------------------------------------------------------------
+
+-- All problems of a document, beside the catalogue that is stored (whole, as credits._stored_catalog shows it) at a moment.
+create or replace function credits._catalog_problems(
+  catalog jsonb,
+  stored  jsonb,
+  at      timestamptz
+)
+returns setof credits.catalog_problem
+language plpgsql
+stable
+as $$
+declare
+  v_catalog jsonb := credits._object(_catalog_problems.catalog);
+  v_whole   jsonb := _catalog_problems.stored || v_catalog;
+begin
+  return query select * from credits._document_problems(_catalog_problems.catalog, v_whole);
+  return query select * from credits._stripe_problems(v_catalog, _catalog_problems.stored);
+  return query select * from credits._history_problems(credits._list(v_catalog -> 'rates'), v_whole, _catalog_problems.at);
+  if v_catalog ?| array['capabilities', 'quality_levels', 'models', 'plans', 'rates'] then
+    return query select * from credits._unpriced(v_whole, _catalog_problems.at);
+  end if;
+end $$;
+
+-- Walks down the document. `whole` is all that it may refer to: its own sections, and those that it leaves alone.
+create or replace function credits._document_problems(
+  catalog jsonb,
+  whole   jsonb
+)
+returns setof credits.catalog_problem
+language sql
+stable
+as $$
+  with recursive nodes (path, type, value) as (
+    select jsonb '[]', jsonb '"catalog"', _document_problems.catalog
+    union all
+    select n.path || c.key, c.type, c.value
+      from nodes n
+      cross join lateral (
+        select to_jsonb(k.key), k.value -> 0, n.value -> k.key
+          from jsonb_each(credits._catalog_shape() -> (n.type #>> '{}')) k
+         where n.value -> k.key <> 'null' or (n.type = '"catalog"' and n.value ? k.key)
+        union all
+        select to_jsonb(e.key), n.type -> 'map',
+               case when e.value = 'null' and jsonb_typeof(n.type -> 'map') = 'string' then '{}' else e.value end
+          from jsonb_each(credits._object(n.value)) e
+         where n.type ? 'map'
+        union all
+        select to_jsonb(e.number - 1), n.type -> 'list', e.value
+          from jsonb_array_elements(credits._list(n.value)) with ordinality e (value, number)
+         where n.type ? 'list') c (key, type, value)
+  )
+  select p.path, p.problem
+    from nodes n
+    cross join lateral (
+      select n.path, credits._value_of_wrong_type(n.type, n.value, _document_problems.whole) as problem
+      union all
+      select w.path, w.problem from credits._record_problems(n.type #>> '{}', n.value, n.path) w
+       where jsonb_typeof(n.value) = 'object' and credits._catalog_shape() ? (n.type #>> '{}')
+      union all
+      select w.path, w.problem from credits._collection_problems(n.type, n.value, n.path, _document_problems.whole) w
+       where jsonb_typeof(n.type) = 'object') p
+   where p.problem is not null
+$$;
+
+-- What a value must be and is not, or null.
+create or replace function credits._value_of_wrong_type(
+  type  jsonb,
+  value jsonb,
+  whole jsonb
+)
+returns text
+language plpgsql
+immutable
+as $$
+declare
+  v_type   text    := _value_of_wrong_type.type #>> '{}';
+  v_words  text[]  := string_to_array(v_type, '|');
+  v_typeof text    := coalesce(jsonb_typeof(_value_of_wrong_type.value), 'null');
+  v_text   text    := case when v_typeof = 'string' then _value_of_wrong_type.value #>> '{}' end;
+  v_number numeric := case when v_typeof = 'number' then _value_of_wrong_type.value::numeric end;
+begin
+  if _value_of_wrong_type.type ? 'map' or credits._catalog_shape() ? v_type then
+    return case v_typeof when 'object' then null when 'null' then 'must be an object; {} is an empty one'
+                         else 'must be an object' end;
+  elsif _value_of_wrong_type.type ? 'list' then
+    return case v_typeof when 'array' then null when 'null' then 'must be a list; [] is an empty one' else 'must be a list' end;
+  elsif v_text is not null and credits._catalog_shape() -> 'catalog' ? v_type then
+    return credits._no_such_code(v_type, v_text, _value_of_wrong_type.whole);
+  elsif cardinality(v_words) > 1 then
+    return case when (v_text = any (v_words)) is not true
+                then 'must be one of ' || array_to_string(v_words, ', ') || credits._did_you_mean(v_text, v_words) end;
+  end if;
+  return (
+    select 'must be ' || t.what
+      from (values
+        ('name',         length(v_text) between 1 and 200,               'a text of 1 to 200 characters'),
+        ('text',         v_text is not null,                             'a text'),
+        ('boolean',      v_typeof = 'boolean',                           'true or false'),
+        ('integer',      v_number = trunc(v_number) and abs(v_number) < 2147483648, 'a whole number'),
+        ('seats',        v_number = trunc(v_number) and v_number between 1 and 2147483647, 'a whole number above 0'),
+        ('minor units',  v_number = trunc(v_number) and v_number between 0 and 9223372036854775807,
+                         'a whole number from 0, in the minor unit of the currency'),
+        ('percentage',   v_number >= 0 and v_number < 100,               'a number from 0 to below 100'),
+        ('amount',       credits._is_amount(v_number),                   'a number from 0 to below 1e12 with at most 6 decimals'),
+        ('positive',     credits._is_amount(v_number) and v_number > 0,  'a number above 0 and below 1e12 with at most 6 decimals'),
+        ('whole amount', credits._is_amount(v_number) and v_number = trunc(v_number), 'a whole number from 0 to below 1e12'),
+        ('currency',     v_text ~ '^[a-z]{3}$',                          'three lower-case letters, such as usd'),
+        ('moment',       credits._catalog_moment(v_text) is not null,
+                         'a date, or a time with its zone, such as 2026-01-01T00:00:00Z')) t (type, fits, what)
+     where t.type = v_type and t.fits is not true
+    union all
+    select format('must be the code of a %s', credits._catalog_noun(v_type))
+     where credits._catalog_shape() -> 'catalog' ? v_type
+  );
+end $$;
+
+-- A time in a document, or null if it is none. A date is its first moment in UTC.
+create or replace function credits._catalog_moment(value text)
+returns timestamptz
+language plpgsql
+stable
+as $$
+begin
+  if _catalog_moment.value ~ '^\d{4}-\d\d-\d\d$' then
+    return (_catalog_moment.value || ' 00:00Z')::timestamptz;
+  elsif _catalog_moment.value ~ '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)$' then
+    return _catalog_moment.value::timestamptz;
+  end if;
+  return null;
+exception when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value then
+  return null;
+end $$;
