@@ -19,13 +19,7 @@ begin
     select 'windows_count_their_usages', w.account_id,
            jsonb_build_object('capability', w.capability, 'period', w.period, 'calls', w.calls, 'usages', n.calls,
                               'units', w.units, 'usages_units', n.units, 'credits', w.credits, 'usages_credits', n.credits)
-      from credits.usage_windows w,
-           lateral (select count(*) filter (where u.status <> 'released' or u.counted_credits > 0) as calls,
-                           coalesce(sum(u.counted_units) filter (where w.capability <> ''), 0) as units,
-                           coalesce(sum(u.counted_credits), 0) as credits
-                      from credits.usages u
-                     where u.account_id = w.account_id and u.authorized_at >= w.window_start
-                       and w.capability || '/' || w.period = any (u.counted_in)) n
+      from credits.usage_windows w, lateral credits._recounted(w, w.window_start) n
      where (w.calls, w.units, w.credits) is distinct from (n.calls, n.units, n.credits);
   return query
     select 'admissions_are_numbered', a.account_id, jsonb_build_object('capability', a.capability, 'number', a.number)

@@ -31,14 +31,14 @@ begin
   v_rate   := credits._rate_of(v_use.rate_id);
   v_priced := credits._price(v_rate.price, v_use.counts, v_use.quality, v_use.model);
   return row(v_use.account_id, v_use.capability, v_use.quality, v_use.model, v_use.units, v_use.counts,
-             v_priced.amount, v_rate.rate_id, v_rate.valid_from, v_priced.explanation)::credits.quote_result;
+             v_priced.amount, v_rate.rate_id, nullif(v_rate.valid_from, '-infinity'), v_priced.explanation)::credits.quote_result;
 end $$;
 comment on function credits.quote(text, text, numeric, text, text, jsonb) is
 'What a use of a capability would cost, in credits, and how the price comes about. Holds nothing.
 
 units counts the capability''s own unit; unit_counts gives several units by name, {"input_tokens": 1200, "output_tokens": 300}.
 Without a quality or a model it is those that authorize_usage would choose. The price is computed by the code that charges.
-rate_id names the rate: authorize_usage(rate_id => ...) charges by it for 15 minutes (setting quote_ttl), whatever happens to
+rate_id names the rate, in force since valid_from (null: always): authorize_usage(rate_id => ...) charges by it for 15 minutes (setting quote_ttl), whatever happens to
 the catalogue. What the plan does not include is quoted too.
 Errors: 400 invalid_request, 404 account_not_found, capability_not_found, rate_not_found, 422 invalid_amount.';
 

@@ -172,7 +172,7 @@ as $$
     left join credits.usage_windows w
       on w.account_id = _calendar_use.account_id and w.capability = _calendar_use.capability
      and w.period = _calendar_use.period
-     and w.window_start >= credits._window(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone)
+     and w.window_start = credits._window(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone)
     left join lateral (
            select sum(case _calendar_use.measure when 'units' then u.counted_units else u.counted_credits end) as used
              from credits.reservations r
@@ -264,10 +264,10 @@ begin
       from limited l
      where not l.rolling
     on conflict on constraint usage_windows_pkey do update
-       set window_start = greatest(w.window_start, excluded.window_start),
-           calls   = excluded.calls   + case when w.window_start >= excluded.window_start then w.calls   else 0 end,
-           units   = excluded.units   + case when w.window_start >= excluded.window_start then w.units   else 0 end,
-           credits = excluded.credits + case when w.window_start >= excluded.window_start then w.credits else 0 end
+       set window_start = excluded.window_start,
+           calls   = excluded.calls   + case when w.window_start = excluded.window_start then w.calls   else 0 end,
+           units   = excluded.units   + case when w.window_start = excluded.window_start then w.units   else 0 end,
+           credits = excluded.credits + case when w.window_start = excluded.window_start then w.credits else 0 end
     returning w.capability || '/' || w.period as name
   ), admitted as (
     insert into credits.usage_admissions (account_id, capability, admitted_at, number)
@@ -324,6 +324,40 @@ as $$
    where w.account_id = (_correct_windows.usage).account_id and w.capability in ('', (_correct_windows.usage).capability)
      and w.capability || '/' || w.period = any ((_correct_windows.usage).counted_in)
      and w.window_start <= (_correct_windows.usage).authorized_at
+$$;
+
+-- A window as its usages say.
+create or replace function credits._recounted(
+  counted credits.usage_windows,
+  since   timestamptz
+)
+returns setof credits.usage_windows
+language sql
+stable
+as $$
+  select (_recounted.counted).account_id, (_recounted.counted).capability, (_recounted.counted).period, _recounted.since,
+         count(*) filter (where u.status <> 'released' or u.counted_credits > 0),
+         coalesce(sum(u.counted_units) filter (where (_recounted.counted).capability <> ''), 0),
+         coalesce(sum(u.counted_credits), 0)
+    from credits.usages u
+   where u.account_id = (_recounted.counted).account_id and u.authorized_at >= _recounted.since
+     and (_recounted.counted).capability || '/' || (_recounted.counted).period = any (u.counted_in)
+$$;
+
+-- In another time zone the windows are others.
+create or replace function credits._move_windows(
+  account_id text,
+  time_zone  text,
+  at         timestamptz
+)
+returns void
+language sql
+as $$
+  update credits.usage_windows w
+     set window_start = n.window_start, calls = n.calls, units = n.units, credits = n.credits
+    from credits.usage_windows o, lateral credits._recounted(o, credits._window(o.period, _move_windows.at, _move_windows.time_zone)) n
+   where o.account_id = _move_windows.account_id and w.account_id = o.account_id and w.capability = o.capability
+     and w.period = o.period
 $$;
 
 -- A call that did not take place leaves the rolling windows: all that came after it move up by one.

@@ -122,6 +122,7 @@ begin
   perform credits._lock_account(set_time_zone.account_id);
   update credits.accounts a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
   perform credits._refresh_plan(set_time_zone.account_id);
+  perform credits._move_windows(set_time_zone.account_id, set_time_zone.time_zone, credits.now());
   return set_time_zone.time_zone;
 end $$;
 comment on function credits.set_time_zone(text, text) is

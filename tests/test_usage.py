@@ -156,6 +156,7 @@ def test_the_same_call_again_is_a_replay(ledger: Ledger) -> None:
     arguments = {"quality": "best", "subject": "s", "metadata": Jsonb({"a": 1}), "ttl": HOUR}
     first = write(ledger, **arguments)
     ledger.now += DAY
+    ledger.book()
     with ledger.unchanged():
         assert same(first, write(ledger, **arguments))
     for change in ({"quality": "good"}, {"subject": None}, {"metadata": None}, {"model": "small"}, {"ttl": MINUTE}):
