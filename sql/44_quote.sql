@@ -38,8 +38,8 @@ comment on function credits.quote(text, text, numeric, text, text, jsonb) is
 
 units counts the capability''s own unit; unit_counts gives several units by name, {"input_tokens": 1200, "output_tokens": 300}.
 Without a quality or a model it is those that authorize_usage would choose. The price is computed by the code that charges.
-rate_id names the rate, in force since valid_from (null: always): authorize_usage(rate_id => ...) charges by it for 15 minutes (setting quote_ttl), whatever happens to
-the catalogue. What the plan does not include is quoted too.
+rate_id names the rate, in force since valid_from (null: always): authorize_usage(rate_id => ...) charges by it for 15 minutes
+more (setting quote_ttl) if another one comes. What the plan does not include is quoted too.
 Errors: 400 invalid_request, 404 account_not_found, capability_not_found, rate_not_found, 422 invalid_amount.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
