@@ -192,29 +192,15 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_after  bigint := 0;  -- the last entry known not to be later than at
-  v_beyond bigint;       -- the first entry known to be later
-  v_middle bigint;
+  v_seq bigint;
 begin
   perform credits._account(balance_at.account_id);
   if balance_at.at is null then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'at'), 'at is a moment.');
   end if;
-  select b.entry_seq + 1 into v_beyond from credits.balances b where b.account_id = balance_at.account_id;
-
-  -- Entries are numbered without a gap and their moments follow their numbers, so halving finds the place.
-  while v_beyond - v_after > 1 loop
-    v_middle := (v_after + v_beyond) / 2;
-    if exists (select from credits.entries e
-                where e.account_id = balance_at.account_id and e.entry_seq = v_middle
-                  and e.created_at <= balance_at.at) then
-      v_after := v_middle;
-    else
-      v_beyond := v_middle;
-    end if;
-  end loop;
+  v_seq := credits._last_seq(balance_at.account_id, balance_at.at);
   return coalesce((select e.balance_after from credits.entries e
-                    where e.account_id = balance_at.account_id and e.entry_seq = v_after), 0);
+                    where e.account_id = balance_at.account_id and e.entry_seq = v_seq), 0);
 end $$;
 comment on function credits.balance_at(text, timestamptz) is
 'The balance as the ledger knew it at a moment: balance_after of the last entry that was written by then, else 0.
@@ -249,6 +235,34 @@ begin
     perform credits._fail_account(_account.account_id);
   end if;
   return v_account;
+end $$;
+
+-- The number of the last entry that was written by a moment, or 0. Entries are numbered without a gap and their moments
+-- follow their numbers, so halving finds the place.
+create or replace function credits._last_seq(
+  account_id text,
+  at         timestamptz
+)
+returns bigint
+language plpgsql
+stable
+as $$
+declare
+  v_after  bigint := 0;  -- the last entry known not to be later than at
+  v_beyond bigint;       -- the first entry known to be later
+  v_middle bigint;
+begin
+  select b.entry_seq + 1 into v_beyond from credits.balances b where b.account_id = _last_seq.account_id;
+  while v_beyond - v_after > 1 loop
+    v_middle := (v_after + v_beyond) / 2;
+    if exists (select from credits.entries e
+                where e.account_id = _last_seq.account_id and e.entry_seq = v_middle and e.created_at <= _last_seq.at) then
+      v_after := v_middle;
+    else
+      v_beyond := v_middle;
+    end if;
+  end loop;
+  return v_after;
 end $$;
 
 create or replace function credits._fail_account(account_id text)

@@ -75,7 +75,7 @@ begin
 end $$;
 
 -- Simple: all requests of the account are well formed with new keys, and it is active and can pay them all. So an
--- account's requests are served in their order: together, or one by one.
+-- account's requests are served in their order: together, or one by one. Listed members' are counted by spend().
 create or replace function credits._mark_simple(requests credits.spend_request[])
 returns credits.spend_request[]
 language plpgsql
@@ -86,12 +86,13 @@ declare
 begin
   with plain as (
     select r.account_id, r.amount,
-           r.capability is null
+           r.capability is null and m.member_id is null
              and credits._is_request(r.amount, r.key, r.metadata)
              and count(*) over (partition by r.account_id, r.key) = 1
              and e.entry_seq is null as ok
       from unnest(_mark_simple.requests) r
       left join credits.entries e on e.account_id = r.account_id and e.operation = 'spend' and e.key = r.key
+      left join credits.members m on m.account_id = r.account_id and m.member_id = r.member_id
   ), wanted as (
     select p.account_id, sum(p.amount) as total
       from plain p

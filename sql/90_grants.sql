@@ -14,6 +14,7 @@ grant execute on function
   credits.grant_credits, credits.adjust, credits.revoke_grant, credits.transfer_credits,
   credits.spend, credits.spend_many, credits.refund_spend,
   credits.reserve, credits.capture, credits.settle, credits.release, credits.extend, credits.get_reservation,
+  credits.set_member, credits.remove_member, credits.list_members,
   credits.list_packages, credits.load_demo_catalog,
   credits.get_subscription_state, credits.change_plan, credits.cancel_plan, credits.resume_plan, credits.set_time_zone,
   credits.get_user_subscription_state, credits.update_subscription_cache, credits.clear_expired_subscription_cache,
