@@ -225,12 +225,14 @@ returns setof credits.audit_finding
 language plpgsql
 stable
 as $$
+declare
+  v_now timestamptz := credits.now();
 begin
   return query
     select 'member_use_is_what_entries_say', m.account_id,
            jsonb_build_object('member_id', m.member_id, 'month_start', m.month_start, 'month_used', m.month_used,
                               'entries_month', c.month_start, 'entries_used', c.month_used)
-      from credits._members_counted(_audit_members.account_id, credits.now()) c
+      from credits._members_counted(_audit_members.account_id, v_now) c
       join credits.members m on m.account_id = c.account_id and m.member_id = c.member_id
      where case m.month_start when c.month_start then m.month_used else 0 end <> c.month_used;
 end $$;

@@ -85,11 +85,13 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_now timestamptz := credits.now();
 begin
   perform credits._account(list_members.account_id);
   return query
     select r.*
-      from credits._members_at(list_members.account_id, credits.now()) m,
+      from credits._members_at(list_members.account_id, v_now) m,
            lateral credits._member_result(m) r
      where m.active
      order by m.created_at, m.member_id;
@@ -160,7 +162,7 @@ as $$
 $$;
 
 -- The members of an account as they are at a moment: in its month, and without the holds that have run out by then but
--- are not booked. Part of the plan of whoever calls it.
+-- are not booked. Part of the plan of whoever calls it, if the moment is a variable.
 create or replace function credits._members_at(
   account_id text,
   at         timestamptz

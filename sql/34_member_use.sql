@@ -87,20 +87,22 @@ create or replace function credits._count_anew(
 returns void
 language plpgsql
 as $$
+declare
+  v_now timestamptz := credits.now();
 begin
   update credits.members m
      set month_start = c.month_start, month_used = c.month_used
-    from credits._members_counted(_count_anew.account_id, credits.now()) c
-   where m.account_id = c.account_id and m.member_id = c.member_id
-     and (_count_anew.member_id is null or m.member_id = _count_anew.member_id);
+    from credits._members_counted(_count_anew.account_id, v_now, _count_anew.member_id) c
+   where m.account_id = c.account_id and m.member_id = c.member_id;
 end $$;
 
--- Members as they should be in the month of a moment, by the entries and open reservations: of one account, or of all. What
--- is charged, held or given back belongs to the month in which the spend or the reserve was made. A hold that has run out
--- counts until that is booked.
+-- Members as they should be in the month of a moment, by the entries and open reservations: one, those of an account, or
+-- all. What is charged, held or given back belongs to the month in which the spend or the reserve was made. A hold that has
+-- run out counts until that is booked. Part of the plan of whoever calls it, if the moment is a variable.
 create or replace function credits._members_counted(
   account_id text,
-  at         timestamptz
+  at         timestamptz,
+  member_id  text default null
 )
 returns setof credits.members
 language sql
@@ -117,7 +119,8 @@ as $$
     select e.account_id, e.member_id, e.debt - e.amount as amount,
            coalesce(r.created_at, s.created_at, e.created_at) as made_at
       from months n
-      join credits.entries e on e.account_id = n.account_id and e.entry_seq > n.last_seq and e.member_id is not null
+      join credits.entries e on e.account_id = n.account_id and e.entry_seq > n.last_seq
+       and (_members_counted.member_id is null or e.member_id = _members_counted.member_id)
       left join credits.reservations r on r.account_id = e.account_id and r.reservation_id = e.reservation_id
       left join credits.entries s on s.account_id = e.account_id and s.entry_seq = e.refunds_seq
     union all
@@ -125,16 +128,18 @@ as $$
       from months n
       join credits.reservations r on r.account_id = n.account_id and r.status = 'open'
        and r.expires_at > n.month_start - interval '1 day'
-  ), used as (
+       and (_members_counted.member_id is null or r.member_id = _members_counted.member_id)
+  ), used as materialized (
     select u.account_id, u.member_id, sum(u.amount) as amount
       from uses u
       join months n on n.account_id = u.account_id
-     where credits._month_start(u.made_at, n.time_zone) = n.month_start
+     where u.member_id is not null and credits._month_start(u.made_at, n.time_zone) = n.month_start
      group by u.account_id, u.member_id
   )
   select m.account_id, m.member_id, m.role, m.monthly_limit, m.created_at, m.active, n.month_start,
          trim_scale(coalesce(u.amount, 0))
     from months n
     join credits.members m on m.account_id = n.account_id
+     and (_members_counted.member_id is null or m.member_id = _members_counted.member_id)
     left join used u on u.account_id = m.account_id and u.member_id = m.member_id
 $$;
