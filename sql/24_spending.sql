@@ -28,8 +28,9 @@ begin
      for no key update;
 
   -- Mostly the first grant pays, and something is left of it: one statement then does what the general way does.
-  -- Its parts run in the order in which each needs the one before; if the first finds nothing, none does anything.
-  if found then
+  -- Its parts run in the order in which each needs the one before; if the first finds nothing, none does anything. What
+  -- listed members use is counted, and goes the general way.
+  if found and (spend.member_id is null or not credits._is_listed(spend.account_id, spend.member_id)) then
     with paid as (
       update credits.grants g
          set remaining = g.remaining - v_amount, consumed = g.consumed + v_amount
@@ -73,10 +74,10 @@ comment on function credits.spend(text, numeric, text, text, text, text, text, j
 'Uses credits at once, all or nothing.
 
 subject names what they were used for in the product''s own words (book:42), member_id who used them. With a capability,
-grants that are scoped to it pay too. key is required: the same call with the same key answers with the first result,
-marked replayed.
-Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, 409 idempotency_conflict,
-422 invalid_amount, 423 account_frozen, account_closed.';
+grants that are scoped to it pay too. A member_id that set_member has added is held to its monthly limit. key is required:
+the same call with the same key answers with the first result, marked replayed.
+Errors: 400 invalid_request, 402 insufficient_credits, 403 forbidden, 404 account_not_found, 409 idempotency_conflict,
+422 invalid_amount, 423 account_frozen, account_closed, 429 member_limit_reached.';
 
 create or replace function credits.refund_spend(
   account_id text,
@@ -132,6 +133,7 @@ begin
     v_entry.description    := refund_spend.reason;
     v_entry   := credits._post(v_balance, v_entry, v_slices);
     perform credits._tidy(v_entry.account_id);
+    perform credits._count_refund(v_spend, v_amount);
     return credits._entry_result(v_entry, false);
   end if;
   return credits._entry_result(v_entry, true);
@@ -141,7 +143,8 @@ comment on function credits.refund_spend(text, text, numeric, text, text) is
 
 spend_key is the key of a spend or a capture, or the reservation_id of a settle. amount defaults to all that is not yet
 refunded; several refunds of one charge never exceed it. What returns pays an open debt first; what belongs to a grant
-that has expired meanwhile expires at once. Credits that were charged into debt are not refunded by it. key is required.
+that has expired meanwhile expires at once. Credits that were charged into debt are not refunded by it. A charge of this
+month that is given back does not count towards the limit of its member. key is required.
 Errors: 400 invalid_request, 404 account_not_found, spend_not_found, 409 idempotency_conflict, 422 invalid_amount.';
 
 create or replace function credits.transfer_credits(
@@ -235,6 +238,7 @@ declare
   v_print   jsonb   := credits._spend_print(v_amount, _spend.description, _spend.subject, _spend.member_id,
                                             _spend.capability, _spend.metadata);
   v_balance credits.balances;
+  v_member  credits.members;
   v_entry   credits.entries;
   v_slices  credits.slices;
 begin
@@ -244,6 +248,9 @@ begin
     return credits._entry_result(v_entry, true);
   end if;
 
+  if _spend.member_id is not null then
+    v_member := credits._check_member(_spend.account_id, _spend.member_id, v_amount, credits.now());
+  end if;
   v_slices := credits._take(_spend.account_id, v_amount, _spend.capability);
   if v_slices.taken < v_amount or v_balance.debt > 0 then
     perform credits._fail_short(v_amount, v_slices.taken, v_balance.debt);
@@ -260,6 +267,9 @@ begin
   v_entry.description := _spend.description;
   v_entry.metadata    := v_meta;
   v_entry := credits._post(v_balance, v_entry, v_slices);
+  if v_member.member_id is not null then
+    perform credits._count_member(_spend.account_id, _spend.member_id, v_amount, v_entry.created_at);
+  end if;
   return credits._entry_result(v_entry, false);
 end $$;
 

@@ -74,14 +74,15 @@ begin
   end loop;
 end $$;
 
--- Simple: all requests of the account are well formed with new keys, and it is active and can pay them all. So an
--- account's requests are served in their order: together, or one by one.
+-- Simple: all requests of the account are well formed with new keys, it is active and can pay them all, and so may each
+-- member. So an account's requests are served in their order: together, or one by one.
 create or replace function credits._mark_simple(requests credits.spend_request[])
 returns credits.spend_request[]
 language plpgsql
 stable
 as $$
 declare
+  v_now      timestamptz := credits.now();
   v_requests credits.spend_request[];
 begin
   with plain as (
@@ -102,9 +103,18 @@ begin
       from wanted w
       join credits.balances b on b.account_id = w.account_id
      where b.status = 'active' and b.debt = 0 and w.total <= credits._free(b)
+  ), refused as (
+    select u.account_id
+      from (select r.account_id, r.member_id, sum(r.amount) as amount
+              from unnest(_mark_simple.requests) r
+             where r.member_id is not null
+             group by r.account_id, r.member_id) u,
+           lateral credits._members_at(u.account_id, v_now) m
+     where m.member_id = u.member_id and (not m.active or m.month_used + u.amount > m.monthly_limit)
   )
   select coalesce(array_agg(row(r.position, r.account_id, r.amount, r.description, r.subject, r.member_id, r.capability,
-           r.key, r.metadata, p.account_id is not null)::credits.spend_request order by r.position), '{}')
+           r.key, r.metadata, p.account_id is not null and r.account_id not in (select f.account_id from refused f)
+           )::credits.spend_request order by r.position), '{}')
     into v_requests
     from unnest(_mark_simple.requests) r
     left join payers p on p.account_id = r.account_id;
@@ -118,6 +128,8 @@ create or replace function credits._spend_together(requests credits.spend_reques
 returns setof credits.spend_many_result
 language plpgsql
 as $$
+declare
+  v_now timestamptz := credits.now();
 begin
   return query
     with requests as (
@@ -153,7 +165,7 @@ begin
        group by s.position
     ), drafts as (
       select r.position, r.account_id, r.head, r.is_last, row(
-               r.entry_seq, credits.now(), r.account_id, 'spend', 'spend', r.key, -r.amount, 0,
+               r.entry_seq, v_now, r.account_id, 'spend', 'spend', r.key, -r.amount, 0,
                trim_scale(r.balance_after), trim_scale(p.free - r.upto), p.grant_ids, p.amounts, null, null, null,
                r.subject, r.member_id, null, r.description,
                credits._spend_print(r.amount, r.description, r.subject, r.member_id, r.capability, r.metadata),
@@ -188,6 +200,13 @@ begin
     select c.position, c.account_id, (c.entry).key, 200, null::text, null::jsonb, (c.entry).entry_seq, (c.entry).amount,
            (c.entry).balance_after, (c.entry).available_after, false
       from chained c;
+
+  perform credits._count_member(u.account_id, u.member_id, u.amount, v_now)
+     from (select m.account_id, m.member_id, sum(r.amount) as amount
+             from unnest(_spend_together.requests) r
+             join credits.members m on m.account_id = r.account_id and m.member_id = r.member_id
+            where r.simple
+            group by m.account_id, m.member_id) u;
 end $$;
 
 create or replace function credits._spend_alone(request credits.spend_request)

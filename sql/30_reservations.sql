@@ -31,8 +31,8 @@ begin
      and reserve.min_amount is null and v_ttl > interval '0' and v_ttl <= interval '15 minutes'
      for no key update;
 
-  -- Mostly the first grant can hold it all: one statement then does what the general way does.
-  if found then
+  -- Mostly the first grant can hold it all: one statement then does what the general way does, but for listed members.
+  if found and (reserve.member_id is null or not credits._is_listed(reserve.account_id, reserve.member_id)) then
     with pinned as (
       update credits.grants g
          set remaining = g.remaining - v_amount, held = g.held + v_amount
@@ -69,9 +69,10 @@ comment on function credits.reserve(text, numeric, text, interval, numeric, text
 
 All or nothing, unless min_amount says how little will do: then what is available, up to amount, is held. ttl is 15
 minutes by default. reservation_id is chosen by the caller and is the key: the same call answers with the first result,
-marked replayed. With a capability, grants that are scoped to it pay too.
-Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, 409 idempotency_conflict,
-422 invalid_amount, 423 account_frozen, account_closed.';
+marked replayed. With a capability, grants that are scoped to it pay too. A member_id that set_member has added is held to
+its monthly limit: the hold counts in full at once, and is corrected when it ends.
+Errors: 400 invalid_request, 402 insufficient_credits, 403 forbidden, 404 account_not_found, 409 idempotency_conflict,
+422 invalid_amount, 423 account_frozen, account_closed, 429 member_limit_reached.';
 
 create or replace function credits.capture(
   account_id     text,
@@ -147,7 +148,8 @@ begin
      and coalesce(settle.on_overage, 'cap') in ('cap', 'overflow', 'reject')
      for no key update;
 
-  -- Mostly one grant was pinned, it goes on, and the hold suffices: one statement then does what the general way does.
+  -- Mostly one grant was pinned, it goes on, the hold suffices, and nobody counts it: one statement then does what the
+  -- general way does.
   if found then
     with paid as (
       update credits.grants g
@@ -206,7 +208,8 @@ comment on function credits.settle(text, text, numeric, text, jsonb) is
 amount is of this call, beside what was captured; 0 books nothing. Above the hold, on_overage decides: cap (default) takes
 the hold, then what is available, never below zero, and records the rest as uncollected; overflow goes on into debt, up to
 the account''s debt_limit; reject refuses and leaves the hold open. Always actual = charged + uncollected. A reservation
-that has run out is charged afresh under the same policy and marked late. Works on frozen accounts too: the work is done.
+that has run out is charged afresh under the same policy and marked late. Works on frozen accounts, and past the limit of a
+member: the work is done.
 The same call again answers with the first result, marked replayed.
 Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, reservation_not_found,
 409 idempotency_conflict, reservation_closed, 422 invalid_amount.';

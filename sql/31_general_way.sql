@@ -58,6 +58,7 @@ declare
   v_id      text     := credits._check_key(_reserve.reservation_id, 'reservation_id');
   v_meta    jsonb    := credits._check_metadata(_reserve.metadata);
   v_balance credits.balances;
+  v_member  credits.members;
   v_slices  credits.slices;
   v_first   credits.reservations;
   v_found   record;
@@ -83,9 +84,13 @@ begin
   if v_found.status <> 'active' then
     perform credits._fail_status(_reserve.account_id, v_found.status);
   end if;
+  if _reserve.member_id is not null then
+    v_member := credits._check_member(_reserve.account_id, _reserve.member_id, v_least, credits.now());
+  end if;
   v_slices.taken := 0;
   if v_amount > 0 then
-    v_slices := credits._take(_reserve.account_id, v_amount, _reserve.capability, 'held');
+    v_slices := credits._take(_reserve.account_id, least(v_amount, v_member.monthly_limit - v_member.month_used),
+                              _reserve.capability, 'held');
   end if;
   if v_slices.taken < v_least or v_balance.debt > 0 then
     perform credits._fail_short(v_least, v_slices.taken, v_balance.debt);
@@ -97,11 +102,15 @@ begin
    where b.account_id = _reserve.account_id
   returning b.* into v_balance;
   insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, min_amount,
-    created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata, counted)
+    created_at, expires_at, grant_ids, grant_amounts, counted, description, subject, member_id, capability, metadata)
   values (_reserve.account_id, v_id, v_amount, trim_scale(v_slices.taken), trim_scale(credits._free(v_balance)), v_ttl,
     _reserve.min_amount, v_now, v_now + v_ttl, coalesce(v_slices.grant_ids, '{}'), coalesce(v_slices.amounts, '{}'),
-    _reserve.description, _reserve.subject, _reserve.member_id, _reserve.capability, coalesce(v_meta, '{}'), _reserve.usage)
+    _reserve.usage or v_member.member_id is not null, _reserve.description, _reserve.subject, _reserve.member_id,
+    _reserve.capability, coalesce(v_meta, '{}'))
   returning r.* into v_first;
+  if v_first.counted then
+    perform credits._count_member(_reserve.account_id, _reserve.member_id, v_first.amount, v_now);
+  end if;
   return credits._reserve_result(v_first, false);
 end $$;
 

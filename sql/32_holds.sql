@@ -278,7 +278,7 @@ begin
     at => _expire_reservation.at);
 end $$;
 
--- The reservation is the stored result of the call that closes it.
+-- The reservation is the stored result of the call that closes it. The one place where counted ones end.
 create or replace function credits._close(
   hold    credits.reservations,
   status  text,
@@ -313,6 +313,7 @@ begin
    where r.account_id = (_close.hold).account_id and r.reservation_id = (_close.hold).reservation_id
   returning r.* into v_hold;
   if v_hold.counted then
+    perform credits._count_end(_close.hold, v_hold);
     perform credits._close_usage(_close.hold, _close.status, _close.charged);
   end if;
   return v_hold;

@@ -122,13 +122,15 @@ begin
   perform credits._lock_account(set_time_zone.account_id);
   update credits.accounts a set time_zone = set_time_zone.time_zone where a.account_id = set_time_zone.account_id;
   perform credits._refresh_plan(set_time_zone.account_id);
+  perform credits._count_anew(set_time_zone.account_id);
   perform credits._move_windows(set_time_zone.account_id, set_time_zone.time_zone, credits.now());
   return set_time_zone.time_zone;
 end $$;
 comment on function credits.set_time_zone(text, text) is
 'Sets the time zone in which the months of an account''s own plan begin and end. UTC by default.
 
-It counts from the next month on; the present one ends as it was announced.
+It counts from the next month on; the present one ends as it was announced. The calendar months in which
+members have limits follow at once: what each has used is counted anew.
 Errors: 400 invalid_request, 404 account_not_found.';
 
 -- Helpers -----------------------------------------------------------------------------------------------------------

@@ -128,6 +128,15 @@ class Client:
     def get_reservation(self, account_id: str | None, reservation_id: str | None) -> Any:
         return self.row("get_reservation", account_id=account_id, reservation_id=reservation_id)
 
+    def set_member(self, account_id: str | None, member_id: str | None, **more: Any) -> Any:
+        return self.row("set_member", account_id=account_id, member_id=member_id, **more)
+
+    def remove_member(self, account_id: str | None, member_id: str | None) -> Any:
+        return self.row("remove_member", account_id=account_id, member_id=member_id)
+
+    def list_members(self, account_id: str | None) -> list[Any]:
+        return self.rows("list_members", account_id=account_id)
+
     def quote(self, account_id: str | None, capability: str | None, units: Amount | None = None, **more: Any) -> Any:
         return self.row("quote", account_id=account_id, capability=capability, units=units, **more)
 

@@ -57,6 +57,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "extend": {"account_id": "alpha", "reservation_id": "r"},
     "get_reservation": {"account_id": "alpha", "reservation_id": "r"},
     "set_debt_limit": {"account_id": "alpha", "debt_limit": 5},
+    "set_member": {"account_id": "alpha", "member_id": "m2", "role": "admin", "monthly_limit": 5},
+    "remove_member": {"account_id": "alpha", "member_id": "m1"},
+    "list_members": {"account_id": "alpha"},
     "spend_many": {"requests": Jsonb([{"account_id": "alpha", "amount": 5, "key": "k"}])},
     "receive_stripe_event": {"endpoint": "default", "payload": '{"id": "evt_1", "type": "unheard.of"}'},
     "replay_stripe_event": {"event_id": "evt_0"},
@@ -94,6 +97,10 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("adjust", "amount"): SIGNED_AMOUNT,
     ("settle", "amount"): AMOUNT_OR_ZERO,
     ("set_debt_limit", "debt_limit"): AMOUNT_OR_ZERO,
+    ("set_member", "member_id"): {INVALID: ACCOUNT[INVALID]},
+    ("set_member", "role"): {INVALID: ["", "guest", "Owner", LONG]},
+    ("set_member", "monthly_limit"): {NO_AMOUNT: TOO_SMALL},
+    ("remove_member", "member_id"): {INVALID: ACCOUNT[INVALID], (404, "member_not_found"): ["m2", "M1"]},
     ("settle", "on_overage"): {INVALID: ["", "CAP", "debt"]},
     ("reserve", "reservation_id"): {INVALID: KEY[INVALID]},
     ("reserve", "min_amount"): AMOUNT_OR_NULL,
@@ -146,6 +153,7 @@ MISTYPED: dict[tuple[str, str], str] = {
     **{(verb, "amount"): NOT_A_NUMBER for verb in GOOD if "amount" in GOOD[verb]},
     ("reserve", "min_amount"): NOT_A_NUMBER,
     ("set_debt_limit", "debt_limit"): NOT_A_NUMBER,
+    ("set_member", "monthly_limit"): NOT_A_NUMBER,
     ("revoke_grant", "grant_id"): NOT_A_NUMBER,
     ("history", "before_seq"): NOT_A_NUMBER,
     ("history", "max_rows"): NOT_A_NUMBER,
@@ -186,6 +194,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.tell("customer.updated", {"id": "cus_2", "object": "customer", "metadata": {"account_id": "alpha"}})
     ledger.spend("alpha", 10, key="spent")
     ledger.reserve("alpha", 10, "r")
+    ledger.set_member("alpha", "m1")
     return ledger
 
 
@@ -270,4 +279,5 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "status", "type", "before", "livemode", "stripe_account", "body", "headers",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
+    known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
     assert known == set(BAD)

@@ -165,6 +165,9 @@ def any_verb(ledger: Ledger, random: Random, account_id: str, others: list[str])
         lambda: ledger.release(account_id, name),
         lambda: ledger.revoke_grant(account_id, random.choice(grants(ledger, account_id)), amount=amount, key=key),
         lambda: ledger.get_balance(account_id),
+        lambda: ledger.set_member(account_id, random.choice(("m1", "m2")), monthly_limit=200),
+        lambda: ledger.spend(account_id, amount, key=key, member_id=random.choice(("m1", "m2"))),
+        lambda: ledger.reserve(account_id, amount, name, min_amount=1, member_id=random.choice(("m1", "m2"))),
         *[partial(ledger.transfer_credits, account_id, other, amount, key=key) for other in others],
     ]
     try:
@@ -186,6 +189,7 @@ EXPECTED = {
     "reservation_not_found",
     "reservation_closed",
     "invalid_amount",
+    "member_limit_reached",
 }
 
 

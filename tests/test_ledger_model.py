@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from client import CreditsError
@@ -79,16 +80,20 @@ class Hold:
     created: datetime
     expires: datetime
     capability: str | None
+    member: str | None
     captured: Decimal = ZERO
     status: str = "open"
 
 
 @dataclass
 class Charge:
-    """Something that can be refunded."""
+    """Something that can be refunded, and what it left as debt."""
 
     slices: list[Slice]
+    member: str | None
+    made: datetime
     refunded: Decimal = ZERO
+    debt: Decimal = ZERO
 
 
 @dataclass
@@ -96,9 +101,12 @@ class Book:
     """One account. Everything happens at its very moment, unlike in the database, which books it later."""
 
     debt_limit: Decimal
+    zone: ZoneInfo
     lots: list[Lot] = field(default_factory=list)
     holds: dict[str, Hold] = field(default_factory=dict)
     charges: dict[str, Charge] = field(default_factory=dict)
+    limits: dict[str, Decimal | None] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)
     debt: Decimal = ZERO
     frozen: bool = False
 
@@ -180,11 +188,40 @@ class Book:
             "pending": sum((lot.remaining for lot in self.lots if not lot.started), ZERO),
         }
 
+    # Members -------------------------------------------------------------------------------------------------------
+
+    def month(self, at: datetime) -> tuple[int, int]:
+        local = at.astimezone(self.zone)
+        return local.year, local.month
+
+    def used(self, member: str, now: datetime) -> Decimal:
+        """What was charged and is held of what the member began in this month."""
+        charges = [(c.made, total(c.slices) + c.debt - c.refunded) for c in self.charges.values() if c.member == member]
+        holds = [(h.created, total(h.slices)) for h in self.open().values() if h.member == member]
+        return sum((amount for made, amount in charges + holds if self.month(made) == self.month(now)), ZERO)
+
+    def left(self, member: str | None, least: Decimal, now: datetime) -> Decimal | None:
+        """What the member may use, which is that much at least."""
+        if member in self.removed:
+            raise RefusalError(403, "forbidden")
+        limit = self.limits.get(member or "")
+        if member is None or limit is None:
+            return None
+        used = self.used(member, now)
+        if used + least > limit:
+            raise RefusalError(429, "member_limit_reached", limit=limit, used=used, required=least)
+        return limit - used
+
     # Moving credits ------------------------------------------------------------------------------------------------
 
     def check_active(self) -> None:
         if self.frozen:
             raise RefusalError(423, "account_frozen")
+
+    def spend(self, key: str, amount: Decimal, capability: str | None, member: str | None, now: datetime) -> None:
+        self.check_active()
+        self.left(member, amount, now)
+        self.charges[key] = Charge(self.take(amount, capability), member, now)
 
     def choose(self, amount: Decimal, capability: str | None) -> list[Slice]:
         return cut([(lot, lot.remaining) for lot in self.free(capability)], amount)[0]
@@ -245,12 +282,12 @@ class Book:
         hold.slices = rest
         self.close(hold, "settled", now)
         charged = merged(used + more)
-        if charged:
-            self.charges[name] = Charge(charged)
+        if charged or debt:
+            self.charges[name] = Charge(charged, hold.member, hold.created, debt=debt)
         return total(charged) + debt, unpaid - debt, late
 
     def refund(self, name: str, amount: Decimal | None, now: datetime) -> Decimal:
-        if name not in self.charges:
+        if name not in self.charges or not self.charges[name].slices:
             raise RefusalError(404, "spend_not_found")
         charge = self.charges[name]
         left = total(charge.slices) - charge.refunded
@@ -295,6 +332,9 @@ ACCOUNTS = ["alpha", "beta", "Cy"]
 ACCOUNT = st.sampled_from(ACCOUNTS)
 NAMES = st.sampled_from(["r1", "r2", "r3", "r4", "r5"])
 CAPABILITY = st.sampled_from([None, None, "image", "voice"])
+MEMBERS = ["m1", "m2"]
+MEMBER = st.sampled_from([None, None, "m1", "m2"])
+ZONES = ["UTC", "America/New_York", "Pacific/Auckland"]
 SCOPE = st.sampled_from([None, None, None, frozenset({"image"}), frozenset({"image", "voice"})])
 
 
@@ -308,10 +348,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.now = NOON
         self.numbers = 0
         self.done: list[tuple[str, dict[str, Any], Any]] = []
-        self.books = {name: Book(Decimal(20 * number)) for number, name in enumerate(ACCOUNTS)}
+        self.books = {name: Book(Decimal(20 * number), ZoneInfo(ZONES[number])) for number, name in enumerate(ACCOUNTS)}
         for name, book in self.books.items():
             self.ledger.open_account(name)
             self.ledger.set_debt_limit(name, book.debt_limit)
+            self.ledger.set_time_zone(name, book.zone.key)
 
     def teardown(self) -> None:
         try:
@@ -413,27 +454,37 @@ class LedgerMachine(RuleBasedStateMachine):
         lot.grant_id = result.grant_id
         assert (result.amount, result.priority) == (amount, lot.priority)
 
-    @rule(account_id=ACCOUNT, amount=AMOUNTS, capability=CAPABILITY)
-    def spend(self, account_id: str, amount: Decimal, capability: str | None) -> None:
+    @rule(account_id=ACCOUNT, member=st.sampled_from(MEMBERS), limit=st.none() | AMOUNTS | st.just(ZERO))
+    def set_member(self, account_id: str, member: str, limit: Decimal | None) -> None:
+        self.books[account_id].limits[member] = limit
+        self.books[account_id].removed.discard(member)
+        self.ledger.set_member(account_id, member, monthly_limit=limit)
+
+    @precondition(lambda self: any(book.limits for book in self.books.values()))
+    @rule(data=st.data())
+    def remove_member(self, data: st.DataObject) -> None:
+        account_id = data.draw(st.sampled_from([name for name, book in self.books.items() if book.limits]))
+        member = data.draw(st.sampled_from(sorted(self.books[account_id].limits)))
+        self.books[account_id].removed.add(member)
+        self.ledger.remove_member(account_id, member)
+
+    @rule(account_id=ACCOUNT, amount=AMOUNTS, capability=CAPABILITY, member=MEMBER)
+    def spend(self, account_id: str, amount: Decimal, capability: str | None, member: str | None) -> None:
         book, key = self.books[account_id], f"s{self.number()}"
+        arguments = {"account_id": account_id, "amount": amount, "capability": capability, "member_id": member,
+                     "key": key}  # fmt: skip
+        self.same("spend", arguments, lambda: book.spend(key, amount, capability, member, self.now))
 
-        def expected() -> None:
-            book.check_active()
-            book.charges[key] = Charge(book.take(amount, capability))
-
-        self.same("spend", {"account_id": account_id, "amount": amount, "capability": capability, "key": key}, expected)
-
-    @rule(wanted=st.lists(st.tuples(ACCOUNT, AMOUNTS), min_size=1, max_size=8))
-    def spend_many(self, wanted: list[tuple[str, Decimal]]) -> None:
+    @rule(wanted=st.lists(st.tuples(ACCOUNT, AMOUNTS, MEMBER), min_size=1, max_size=8))
+    def spend_many(self, wanted: list[tuple[str, Decimal, str | None]]) -> None:
         requests: list[dict[str, Any]] = []
         expected: list[tuple[Any, ...]] = []
-        for account_id, amount in wanted:
+        for account_id, amount, member in wanted:
             key = f"s{self.number()}"
-            requests.append({"account_id": account_id, "amount": str(amount), "key": key})
+            requests.append({"account_id": account_id, "amount": str(amount), "key": key, "member_id": member})
             book = self.books[account_id]
             try:
-                book.check_active()
-                book.charges[key] = Charge(book.take(amount))
+                book.spend(key, amount, None, member, self.now)
                 expected.append((200, None, -amount, book.payable(None)))
             except RefusalError as refusal:
                 expected.append((refusal.status, refusal.code, None, None))
@@ -492,23 +543,28 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # Reservations --------------------------------------------------------------------------------------------------
 
-    @rule(account_id=ACCOUNT, amount=AMOUNTS, name=NAMES, ttl=SPANS, least=st.none() | AMOUNTS, capability=CAPABILITY)
+    @rule(
+        account_id=ACCOUNT, amount=AMOUNTS, name=NAMES, ttl=SPANS, least=st.none() | AMOUNTS, capability=CAPABILITY,
+        member=MEMBER,
+    )  # fmt: skip
     def reserve(
-        self, account_id: str, amount: Decimal, name: str, ttl: timedelta, least: Decimal | None, capability: str | None
-    ) -> None:
+        self, account_id: str, amount: Decimal, name: str, ttl: timedelta, least: Decimal | None,
+        capability: str | None, member: str | None,
+    ) -> None:  # fmt: skip
         book = self.books[account_id]
         if name in book.holds:
             name = f"r{self.number()}"
 
         def expected() -> Decimal:
             book.check_active()
-            slices = book.take(amount, capability, least)
-            if slices:
-                book.holds[name] = Hold(slices, total(slices), self.now, self.now + ttl, capability)
+            required = min(amount, amount if least is None else least)
+            left = book.left(member, required, self.now)
+            slices = book.take(amount if left is None else min(amount, left), capability, required)
+            book.holds[name] = Hold(slices, total(slices), self.now, self.now + ttl, capability, member)
             return total(slices)
 
         arguments = {"account_id": account_id, "amount": amount, "reservation_id": name, "ttl": ttl,
-                     "min_amount": least, "capability": capability}  # fmt: skip
+                     "min_amount": least, "capability": capability, "member_id": member}  # fmt: skip
         result, held = self.same("reserve", arguments, expected)
         assert result is None or (result.amount, result.expires_at) == (held, self.now + ttl)
 
@@ -522,7 +578,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 raise RefusalError(402, "insufficient_credits", required=amount, available=total(hold.slices))
             used, hold.slices = cut(hold.slices, amount)
             hold.captured += amount
-            book.charges[key] = Charge(used)
+            book.charges[key] = Charge(used, hold.member, hold.created)
 
         arguments = {"account_id": account_id, "reservation_id": name, "amount": amount, "key": key}
         self.same("capture", arguments, expected)
@@ -590,6 +646,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for name, book in self.books.items():
             shown, known = self.ledger.get_balance(name), book.balance(self.now)
             assert {column: getattr(shown, column) for column in known} == known
+            members = {row.member_id: row.used for row in self.ledger.list_members(name)}
+            assert members == {member: book.used(member, self.now) for member in book.limits.keys() - book.removed}
 
 
 def test_random_operations_agree_with_the_model(shared: Database) -> None:

@@ -31,7 +31,8 @@ def busy(ledger: Ledger) -> None:
     ledger.capture("alpha", "r", 5, key="c")
     ledger.settle("alpha", "r", 18)
     ledger.now += 2 * HOUR + timedelta(microseconds=123450)
-    ledger.reserve("alpha", 5, "open")
+    ledger.set_member("alpha", "m1", monthly_limit=100)
+    ledger.reserve("alpha", 5, "open", member_id="m1")
     lot = ledger.grant(40, "beta")
     ledger.use(40, "beta")
     ledger.revoke_grant("beta", lot.grant_id, amount=35, key="v")
@@ -232,6 +233,9 @@ TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the
     (LOT, hold("grant_amounts = array[grant_amounts[1] + 1]")),
     (ACCOUNT, "update credits.accounts set status = 'frozen' where account_id = 'alpha'"),
     (ACCOUNT, lots("scope = '{songs}'")),
+    ("member_use_is_what_entries_say", "update credits.members set month_used = month_used - 1"),
+    ("member_use_is_what_entries_say", "update credits.members set month_start = month_start - interval '1 month'"),
+    ("member_use_is_what_entries_say", hold("member_id = 'm2'")),
     ("nothing_falls_due_unseen", "update credits.balances set next_due_at = 'infinity' where account_id = 'alpha'"),
 ]  # fmt: skip
 

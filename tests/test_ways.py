@@ -33,13 +33,16 @@ def work(ledger: Ledger, seed: int) -> list[str]:
     ledger.open("scoped", 200)
     ledger.grant(50, "scoped", scope=["songs"])
     ledger.open("poor", 12)
+    ledger.set_member("plain", "m1", monthly_limit=60)
+    ledger.set_member("many", "m1")
     holds = [("plain", "k0")]
     answers = []
     for i in range(200):
         ledger.now += random.choice((SECOND, SECOND, MINUTE, 9 * MINUTE))
         account_id, key = random.choice(names), f"k{random.choice((i, i, i, i - 3))}"
         amount = random.choice((1, 2, Decimal("0.50"), Decimal("3.000001"), 12, 0, 200))
-        more = random.choice(({}, {}, {"capability": "songs"}, {"metadata": {"a": 1}, "subject": "book:1"}))
+        said: dict[str, Any] = {"metadata": {"a": 1}, "subject": "book:1"}
+        more = random.choice(({}, {}, {"capability": "songs"}, said, {"member_id": "m1"}, {"member_id": "m2"}))
         policy = random.choice(({}, {"on_overage": "overflow"}, {"on_overage": "reject", "metadata": {"b": 2}}))
         match random.choice(("spend", "spend", "reserve", "reserve", "settle", "settle", "again", "rest")):
             case "spend":
