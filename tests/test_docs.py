@@ -16,7 +16,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "sql").glob("*
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md", "docs/access.md"])
 def test_the_statements_of_the_manual_answer_what_it_prints(page: str, client: Client, conn: Connection[Any]) -> None:
     client.open_account(account_id="user_1")
     conn.execute("select credits.load_demo_catalog()")
@@ -87,6 +87,8 @@ def test_the_map_of_sql_names_every_file() -> None:
 def test_the_readme_names_every_error_that_the_functions_raise() -> None:
     sources = "".join(SOURCES.values())
     raised = set(re.findall(r"_fail\((\d{3}), '(\w+[a-z])'", sources))
+    raised |= set(re.findall(r"_refuse\(\w+, '\w+', (\d{3}), '(\w+[a-z])'", sources))
+    raised |= {("429", "rate_limited"), ("429", "monthly_cap_reached")}  # chosen by the limit
     raised |= {("423", "account_frozen"), ("423", "account_closed")}  # put together from the status
     rows = re.findall(r"^\| `PT(\d{3})` \| (.*?) \|", README, re.MULTILINE)
     listed = {(status, code) for status, codes in rows for code in re.findall(r"`(\w+)`", codes)}
@@ -105,7 +107,7 @@ def test_the_readme_names_every_verb(owner: Connection[Any]) -> None:
 
 
 def test_the_concepts_name_every_finding_of_the_audit() -> None:
-    source = SOURCES["26_proof"] + SOURCES["27_stripe_audit"]
+    source = "".join(text for name, text in SOURCES.items() if name.startswith(("26_", "27_", "28_")))
     found = set(re.findall(r"^ +select '(\w+)', ", source, re.MULTILINE))
     section = (ROOT / "docs/concepts.md").read_text().split("## What audit() finds")[1]
     assert set(re.findall(r"`(\w+_\w+)`", section)) == found
