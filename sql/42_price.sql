@@ -124,7 +124,7 @@ as $$
            when 'up'      then div(_quotient.numerator, _quotient.denominator)
                                + sign(mod(_quotient.numerator, _quotient.denominator))
            when 'half_up' then div(2 * _quotient.numerator + _quotient.denominator, 2 * _quotient.denominator)
-           else div(_quotient.numerator, _quotient.denominator)   -- half_even: what lies above, or on, to an even one
+           else div(_quotient.numerator, _quotient.denominator)   -- half_even: up above the half, on it to the even one
                 + case sign(2 * mod(_quotient.numerator, _quotient.denominator) - _quotient.denominator)
                     when 1 then 1
                     when 0 then mod(div(_quotient.numerator, _quotient.denominator), 2)

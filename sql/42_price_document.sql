@@ -242,15 +242,20 @@ $$;
 -- JSON with each of its numbers trimmed: 1.50 is 1.5.
 create or replace function credits._trimmed(value jsonb)
 returns jsonb
-language sql
+language plpgsql
 immutable
 as $$
-  select case jsonb_typeof(_trimmed.value)
-    when 'number' then to_jsonb(trim_scale(_trimmed.value::numeric))
-    when 'array'  then (select coalesce(jsonb_agg(credits._trimmed(e.value) order by e.number), '[]')
-                          from jsonb_array_elements(_trimmed.value) with ordinality e (value, number))
-    when 'object' then (select coalesce(jsonb_object_agg(e.key, credits._trimmed(e.value)), '{}')
-                          from jsonb_each(_trimmed.value) e)
-    else _trimmed.value
-  end
-$$;
+begin
+  case jsonb_typeof(_trimmed.value)
+    when 'number' then
+      return to_jsonb(trim_scale(_trimmed.value::numeric));
+    when 'array' then
+      return (select coalesce(jsonb_agg(credits._trimmed(e.value) order by e.number), '[]')
+                from jsonb_array_elements(_trimmed.value) with ordinality e (value, number));
+    when 'object' then
+      return (select coalesce(jsonb_object_agg(e.key, credits._trimmed(e.value)), '{}')
+                from jsonb_each(_trimmed.value) e);
+    else
+      return _trimmed.value;
+  end case;
+end $$;

@@ -24,7 +24,7 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs/prices.md").read_text()
 BIG = Decimal("999999999999.999999")
 OUTER = ("minimum", "maximum", "qualities", "models")
 often = settings(
-    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -380,6 +380,16 @@ def test_the_figures_of_the_manual(db: Connection[Any]) -> None:
             document, document, counts if counts[0] == "{" else f'{{"words": {counts}}}', level or None, level or None,
         )  # fmt: skip
         assert (format(row.amount, ","), row.problems) == (amount, []), document
+
+
+def test_the_explanation_of_the_manual(db: Connection[Any]) -> None:
+    (document,) = re.findall(r"^The price `(.*)` of 1005 words:$", PAGE, re.MULTILINE)
+    (shown,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    text = "select (credits._price(credits._normal_price(%s::jsonb, 'words'), '{\"words\": 1005}', null, null)).*"
+    assert ask(db, text, document)[0].explanation == json.loads(shown)
+    number, canonical = re.findall(r"canonical form.*`(\d+)` becomes\s`(.*?)`", PAGE, re.DOTALL)[0]
+    (row,) = ask(db, "select credits._normal_price(%s::jsonb, 'words') as price", number)
+    assert row.price == json.loads(canonical)
 
 
 # Problems -----------------------------------------------------------------------------------------------------------
