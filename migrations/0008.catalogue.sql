@@ -115,7 +115,7 @@ comment on column credits.rates.quality is 'Null is every quality without a rate
 comment on column credits.rates.model is 'Null is every model without a rate of its own.';
 comment on column credits.rates.valid_from is 'In force from here until the next rate of the same capability, quality and model.';
 comment on column credits.rates.valid_until is 'When it left the catalogue.';
-comment on column credits.rates.price is 'The price, as the catalogue document says it, in full: see docs/catalog.md.';
+comment on column credits.rates.price is 'The price, as the catalogue document says it, in full: see docs/prices.md.';
 
 -- A look at access is mostly answered by one row of these and the account's own.
 create table credits.offers (

@@ -1,5 +1,5 @@
 -- What is sold, what plans may use and what it costs: one document, applied whole or not at all, and shown again.
--- What a document may say: 41_catalog_document.sql, 41_catalog_rules.sql. How it is written: 41_catalog_sections.sql.
+-- What a document may say: 38_catalog_document.sql, 39_catalog_rules.sql. How it is written: 41_catalog_sections.sql.
 -- Lock order: whoever writes the catalogue locks the table plans first.
 
 create or replace function credits.apply_catalog(

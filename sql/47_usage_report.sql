@@ -35,12 +35,12 @@ begin
      order by case when get_usage.group_by = 'day' then 0 else sum(m.credits) end desc, 1;
 end $$;
 comment on function credits.get_usage(text, text, timestamptz, timestamptz) is
-'What the credits of an account were used for: credits used and held, and the number of uses, by day (of the account''s time
-zone), subject, capability, quality, model or member.
+'What the credits of an account were used for, by day, subject, capability, quality, model or member.
 
-since is by default the beginning of the month, until is exclusive and by default open. credits is net of what refund_spend gave back, and
-includes what was charged into debt; held is what open reservations hold for work in flight. Uses that have no such name are
-in a row without one. Quality and model are those of authorize_usage.
+credits is what was used, net of what refund_spend gave back, with what was charged into debt; held is what open reservations
+hold for work in flight; uses counts spends and reservations. Days are those of the account''s time zone. since is by default
+the beginning of the month; until is exclusive, by default open. Uses without such a name are in a row without one. Quality
+and model are those of authorize_usage.
 Errors: 400 invalid_request, 404 account_not_found.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import pytest
@@ -338,9 +339,8 @@ def test_parallel_uses_hold_no_more_than_there_is(database: Database) -> None:
         held = [one for one in results if not isinstance(one, CreditsError)]
         assert len(held) == 7
         assert {one.code for one in results if isinstance(one, CreditsError)} == {"insufficient_credits"}
-        settle: list[Callable[[Ledger], Any]] = [
-            lambda one, usage_id=usage.usage_id: one.settle_usage("alpha", usage_id, 500) for usage in held * 2
-        ]
+        use = partial(partial, Ledger.settle_usage, account_id="alpha", units=500)
+        settle = [use(usage_id=one.usage_id) for one in held * 2]
         charged = together(database, settle)
         assert sum(one.charged for one in charged if not one.replayed) == 350
         assert sum(one.replayed for one in charged) == 7

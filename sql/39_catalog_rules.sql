@@ -1,4 +1,4 @@
--- The rules between the parts of a catalogue's document (41_catalog_document.sql): keys that need or exclude each other,
+-- The rules between the parts of a catalogue's document (38_catalog_document.sql): keys that need or exclude each other,
 -- codes that must exist, Stripe's ids, rates that were in force, and a price for everything that can be used.
 
 -- Of one record: keys that are not known or missing, and what its kind asks for. Null is the same as not given.

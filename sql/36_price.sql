@@ -1,4 +1,4 @@
--- How a price (42_price_document.sql) becomes an amount, and explains itself.
+-- How a price (35_price_document.sql) becomes an amount, and explains itself.
 -- Amounts are exact: each line is one fraction, rounded once. _price_amount() and _price() share all of the arithmetic.
 
 -- Sum of the lines, then minimum, then maximum. The price is in its canonical form, counts is what _counts() makes.

@@ -1,4 +1,4 @@
--- What an account may use: the gates, one after the other. check_access shows the answer, authorize_usage of 47_usage.sql asks
+-- What an account may use: the gates, one after the other. check_access shows the answer, authorize_usage of 46_usage.sql asks
 -- the same under the lock of the account and acts on it.
 
 create or replace function credits.check_access(
