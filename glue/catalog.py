@@ -186,7 +186,13 @@ def _decimal(dumper: yaml.SafeDumper, value: Decimal) -> yaml.ScalarNode:
     return dumper.represent_scalar(f"{_TAG}float", format(value, "f"))
 
 
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    breaks = any(mark in value for mark in "\x85\u2028\u2029")  # which YAML would fold, unless they are escaped
+    return dumper.represent_scalar(f"{_TAG}str", value, style='"' if breaks else None)
+
+
 _Dumper.add_representer(Decimal, _decimal)
+_Dumper.add_representer(str, _text)
 # What our own reader takes for a number is quoted where it is a text, beside what YAML 1.1 takes for one.
 _Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"({_NUMBER.pattern})$"), list("-0123456789"))
 

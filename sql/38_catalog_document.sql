@@ -90,8 +90,8 @@ as $$
    where k.key not in ('qualities', 'limits', 'capabilities')
 $$;
 
--- A part of a catalogue that has no problems, with all its keys: defaults filled in, what is unknown left out. Or plain:
--- without what is default. A name that may be left out is the code.
+-- A part of a catalogue that has no problems, with all its keys: defaults filled in, numbers trimmed, what is unknown left
+-- out. Or plain: without what is default. A name that may be left out is the code.
 create or replace function credits._shaped(
   type  jsonb,
   value jsonb,
@@ -102,28 +102,34 @@ language plpgsql
 immutable
 as $$
 declare
-  v_shape jsonb := credits._catalog_shape() -> (_shaped.type #>> '{}');
+  v_record text  := coalesce(_shaped.type -> 'map', _shaped.type -> 'list', _shaped.type) #>> '{}';
+  v_shape  jsonb := credits._catalog_shape() -> v_record;
+  v_whole  jsonb;
 begin
-  if _shaped.type ? 'map' then
-    return (select coalesce(jsonb_object_agg(e.key,
-                     case when s.value -> 'name' = 'null' then s.value || jsonb_build_object('name', e.key) else s.value end), '{}')
-              from jsonb_each(_shaped.value) e
-              cross join lateral (
-                select credits._shaped(_shaped.type -> 'map', e.value, _shaped.plain)) s (value));
+  if v_shape is null then
+    return _shaped.value;
+  elsif _shaped.type ? 'map' then
+    return (select coalesce(jsonb_object_agg(e.key, credits._shaped(_shaped.type -> 'map', case
+                     when v_shape -> 'name' -> 1 = 'null' and e.value ->> 'name' is null
+                     then credits._object(e.value) || jsonb_build_object('name', e.key) else e.value end, _shaped.plain)), '{}')
+              from jsonb_each(_shaped.value) e);
   elsif _shaped.type ? 'list' then
     return (select coalesce(jsonb_agg(credits._shaped(_shaped.type -> 'list', e.value, _shaped.plain) order by e.number), '[]')
               from jsonb_array_elements(_shaped.value) with ordinality e (value, number));
-  elsif v_shape is null then
-    return _shaped.value;
   end if;
-  return (select coalesce(jsonb_object_agg(k.key, s.value)
-                            filter (where not _shaped.plain or s.value is distinct from k.value -> 1), '{}')
-            from jsonb_each(v_shape) k
-            cross join lateral (
-              select coalesce(nullif(_shaped.value -> k.key, 'null'), k.value -> 1)) g (value)
-            cross join lateral (
-              select case when jsonb_typeof(k.value -> 0) = 'object' and g.value <> 'null'
-                          then credits._shaped(k.value -> 0, g.value, _shaped.plain) else g.value end) s (value));
+  v_whole := (
+    select jsonb_object_agg(k.key, case
+             when jsonb_typeof(g.value) = 'number' then to_jsonb(trim_scale(g.value::numeric))
+             when jsonb_typeof(k.value -> 0) = 'object' and g.value <> 'null'
+             then credits._shaped(k.value -> 0, g.value, _shaped.plain)
+             else g.value end)
+      from jsonb_each(v_shape) k
+      cross join lateral (select coalesce(nullif(_shaped.value -> k.key, 'null'), k.value -> 1)) g (value));
+  return case when _shaped.plain
+              then (select coalesce(jsonb_object_agg(e.key, e.value), '{}')
+                      from jsonb_each(v_whole) e
+                     where e.value is distinct from v_shape -> e.key -> 1)
+              else v_whole end;
 end $$;
 
 -- What is wrong ------------------------------------------------------------------------------------------------------
@@ -203,44 +209,65 @@ immutable
 as $$
 declare
   v_type   text    := _value_of_wrong_type.type #>> '{}';
-  v_words  text[]  := string_to_array(v_type, '|');
   v_typeof text    := coalesce(jsonb_typeof(_value_of_wrong_type.value), 'null');
   v_text   text    := case when v_typeof = 'string' then _value_of_wrong_type.value #>> '{}' end;
-  v_number numeric := case when v_typeof = 'number' then _value_of_wrong_type.value::numeric end;
 begin
-  if _value_of_wrong_type.type ? 'map' or credits._catalog_shape() ? v_type then
+  if credits._catalog_shape() -> 'catalog' ? v_type then
+    return case when v_text is null then 'must be the code of a ' || credits._catalog_noun(v_type)
+                when not _value_of_wrong_type.whole -> v_type ? v_text
+                then credits._no_such_code(v_type, v_text, _value_of_wrong_type.whole) end;
+  elsif _value_of_wrong_type.type ? 'map' or credits._catalog_shape() ? v_type then
     return case v_typeof when 'object' then null when 'null' then 'must be an object; {} is an empty one'
                          else 'must be an object' end;
   elsif _value_of_wrong_type.type ? 'list' then
     return case v_typeof when 'array' then null when 'null' then 'must be a list; [] is an empty one' else 'must be a list' end;
-  elsif v_text is not null and credits._catalog_shape() -> 'catalog' ? v_type then
-    return credits._no_such_code(v_type, v_text, _value_of_wrong_type.whole);
-  elsif cardinality(v_words) > 1 then
-    return case when (v_text = any (v_words)) is not true
-                then 'must be one of ' || array_to_string(v_words, ', ') || credits._did_you_mean(v_text, v_words) end;
+  elsif v_type like '%|%' then
+    return case when (v_text = any (string_to_array(v_type, '|'))) is not true
+                then 'must be one of ' || replace(v_type, '|', ', ') || credits._did_you_mean(v_text, string_to_array(v_type, '|')) end;
+  elsif credits._fits(v_type, v_typeof, v_text,
+          case when v_typeof = 'number' then _value_of_wrong_type.value::numeric end) is not true then
+    return 'must be ' || (jsonb '{
+      "name":         "a text of 1 to 200 characters",
+      "text":         "a text",
+      "boolean":      "true or false",
+      "integer":      "a whole number",
+      "seats":        "a whole number above 0",
+      "minor units":  "a whole number from 0, in the minor unit of the currency",
+      "percentage":   "a number from 0 to below 100",
+      "amount":       "a number from 0 to below 1e12 with at most 6 decimals",
+      "positive":     "a number above 0 and below 1e12 with at most 6 decimals",
+      "whole amount": "a whole number from 0 to below 1e12",
+      "currency":     "three lower-case letters, such as usd",
+      "moment":       "a date, or a time with its zone, such as 2026-01-01T00:00:00Z"}' ->> v_type);
   end if;
-  return (
-    select 'must be ' || t.what
-      from (values
-        ('name',         length(v_text) between 1 and 200,               'a text of 1 to 200 characters'),
-        ('text',         v_text is not null,                             'a text'),
-        ('boolean',      v_typeof = 'boolean',                           'true or false'),
-        ('integer',      v_number = trunc(v_number) and abs(v_number) < 2147483648, 'a whole number'),
-        ('seats',        v_number = trunc(v_number) and v_number between 1 and 2147483647, 'a whole number above 0'),
-        ('minor units',  v_number = trunc(v_number) and v_number between 0 and 9223372036854775807,
-                         'a whole number from 0, in the minor unit of the currency'),
-        ('percentage',   v_number >= 0 and v_number < 100,               'a number from 0 to below 100'),
-        ('amount',       credits._is_amount(v_number),                   'a number from 0 to below 1e12 with at most 6 decimals'),
-        ('positive',     credits._is_amount(v_number) and v_number > 0,  'a number above 0 and below 1e12 with at most 6 decimals'),
-        ('whole amount', credits._is_amount(v_number) and v_number = trunc(v_number), 'a whole number from 0 to below 1e12'),
-        ('currency',     v_text ~ '^[a-z]{3}$',                          'three lower-case letters, such as usd'),
-        ('moment',       credits._catalog_moment(v_text) is not null,
-                         'a date, or a time with its zone, such as 2026-01-01T00:00:00Z')) t (type, fits, what)
-     where t.type = v_type and t.fits is not true
-    union all
-    select format('must be the code of a %s', credits._catalog_noun(v_type))
-     where credits._catalog_shape() -> 'catalog' ? v_type
-  );
+  return null;
+end $$;
+
+create or replace function credits._fits(
+  type      text,
+  type_of   text,
+  as_text   text,
+  as_number numeric
+)
+returns boolean
+language plpgsql
+immutable
+as $$
+begin
+  return case _fits.type
+    when 'name'         then length(_fits.as_text) between 1 and 200
+    when 'text'         then _fits.as_text is not null
+    when 'boolean'      then _fits.type_of = 'boolean'
+    when 'integer'      then _fits.as_number = trunc(_fits.as_number) and abs(_fits.as_number) < 2147483648
+    when 'seats'        then _fits.as_number = trunc(_fits.as_number) and _fits.as_number between 1 and 2147483647
+    when 'minor units'  then _fits.as_number = trunc(_fits.as_number) and _fits.as_number between 0 and 9223372036854775807
+    when 'percentage'   then _fits.as_number >= 0 and _fits.as_number < 100
+    when 'amount'       then credits._is_amount(_fits.as_number)
+    when 'positive'     then credits._is_amount(_fits.as_number) and _fits.as_number > 0
+    when 'whole amount' then credits._is_amount(_fits.as_number) and _fits.as_number = trunc(_fits.as_number)
+    when 'currency'     then _fits.as_text ~ '^[a-z]{3}$'
+    when 'moment'       then credits._catalog_moment(_fits.as_text) is not null
+    else true end;
 end $$;
 
 -- A time in a document, or null if it is none. A date is its first moment in UTC.

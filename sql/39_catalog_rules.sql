@@ -13,7 +13,7 @@ stable
 as $$
 declare
   v_shape jsonb := credits._catalog_shape() -> _record_problems.kind;
-  v_keys  text[] := array(select jsonb_object_keys(v_shape));
+  v_keys  text[] := array(select k from jsonb_object_keys(v_shape) k order by k);
   v_given jsonb := jsonb_strip_nulls(_record_problems.value);
 begin
   return query

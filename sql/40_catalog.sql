@@ -83,7 +83,7 @@ What exists already stays as it is.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
 
--- jit: the planner takes a document for millions of rows, and would compile for longer than all of it takes.
+-- jit: the planner takes documents for millions of rows, and would compile for longer than all of it takes.
 create or replace function credits._apply_catalog(
   catalog jsonb,
   dry_run boolean
@@ -182,8 +182,9 @@ create or replace function credits._stored_catalog(at timestamptz)
 returns jsonb
 language sql
 stable
+set jit = off
 as $$
-  select credits._trimmed(credits._shaped('"catalog"', jsonb_build_object(
+  select credits._shaped('"catalog"', jsonb_build_object(
     'capabilities',   (select coalesce(jsonb_object_agg(c.code, to_jsonb(c)), '{}') from credits.capabilities c),
     'quality_levels', (select coalesce(jsonb_object_agg(q.code, to_jsonb(q)), '{}') from credits.quality_levels q),
     'models',         (select coalesce(jsonb_object_agg(m.code, to_jsonb(m)), '{}') from credits.models m),
@@ -200,7 +201,7 @@ as $$
                          from credits._live_rates(_stored_catalog.at) r
                          join credits.capabilities c on c.code = r.capability
                          left join credits.quality_levels q on q.code = r.quality
-                         left join credits.models m on m.code = r.model)), plain => false))
+                         left join credits.models m on m.code = r.model)), plain => false)
 $$;
 
 -- What a plan says of one capability, or of all together.

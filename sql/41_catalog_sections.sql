@@ -72,15 +72,17 @@ declare
   v_columns text[] := credits._catalog_columns(_write_section.section);
 begin
   execute format(
-    'insert into credits.%1$I as t (code, %2$s)
-     select r.code, %3$s
+    'insert into credits.%I as t (code, %s)
+     select r.code, %s
        from jsonb_each($1) e
-       cross join jsonb_populate_record(null::credits.%1$I, e.value || jsonb_build_object(''code'', e.key)) r
+       cross join jsonb_populate_record(null::credits.%I, e.value || jsonb_build_object(''code'', e.key)) r
       where e.value is distinct from $2 -> e.key
-     on conflict (code) do update set (%2$s) = row(%4$s)',
+     on conflict (code) do update set (%s) = row(%s)',
     _write_section.section,
     (select string_agg(format('%I', c), ', ') from unnest(v_columns) c),
     (select string_agg(format('r.%I', c), ', ') from unnest(v_columns) c),
+    _write_section.section,
+    (select string_agg(format('%I', c), ', ') from unnest(v_columns) c),
     (select string_agg(format('excluded.%I', c), ', ') from unnest(v_columns) c))
   using _write_section.wanted, _write_section.stored;
 end $$;
