@@ -13,13 +13,16 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+import asyncpg
 import psycopg
 import pytest
+import sqlalchemy
 from ledger_support import Ledger, assert_sound, committed, refused
 from psycopg import AsyncConnection, Connection
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from servers import Database, Engine
 
@@ -52,7 +55,7 @@ def market(server: Engine) -> Iterator[Database]:
         with database.connect("credits_owner") as owner:
             owner.execute(CATALOGUE)
         with psycopg.connect(database.dsn) as product:
-            product.execute("create table chapters (body text)")
+            product.execute("create table chapters (book_id integer, body text)")
             product.execute("grant all on chapters to credits_service")
         yield database
 
@@ -159,7 +162,7 @@ def test_the_charge_is_committed_or_rolled_back_with_the_rows_of_the_product(
 ) -> None:
     def work() -> None:
         with pgcredits.usage(given, "alpha", "chapter", 1200) as u, given.transaction():
-            given.execute("insert into chapters values ('once upon a time')")
+            given.execute("insert into chapters (body) values ('once upon a time')")
             u.settle(1000)
             assert held(shop) == 120
             if end == "roll back":
@@ -201,7 +204,7 @@ def test_leaving_without_settle_charges_what_was_announced(given: Connection[Any
 
 def test_leaving_with_an_open_transaction_settles_in_it(plain: Connection[Any], shop: Ledger) -> None:
     with pgcredits.usage(plain, "alpha", "chapter", 1200):
-        plain.execute("insert into chapters values ('open')")
+        plain.execute("insert into chapters (body) values ('open')")
     assert held(shop) == 120
     plain.commit()
     assert (chapters(shop), shop.sums()) == (["open"], (380, 0, 380, 0))
@@ -220,7 +223,7 @@ def test_settling_twice_is_for_sql_to_judge(plain: Connection[Any], shop: Ledger
 
 def test_a_settle_that_is_refused_leaves_the_transaction_and_the_hold(plain: Connection[Any], shop: Ledger) -> None:
     with pgcredits.usage(plain, "alpha", "chapter", 1000) as u, plain.transaction():
-        plain.execute("insert into chapters values ('long')")
+        plain.execute("insert into chapters (body) values ('long')")
         with refused(402, "insufficient_credits"):
             u.settle(9000, on_overage="reject")
         settled: Any = u.settle(9000, metadata={"attempt": 2})
@@ -298,7 +301,7 @@ def test_a_failed_transaction_is_no_obstacle(plain: Connection[Any], shop: Ledge
     assert plain.info.transaction_status == psycopg.pq.TransactionStatus.INERROR
     plain.rollback()
     with left_by(psycopg.errors.DivisionByZero), pgcredits.usage(plain, "alpha", "chapter", 1200) as u:
-        plain.execute("insert into chapters values ('lost')")
+        plain.execute("insert into chapters (body) values ('lost')")
         u.settle(1000)
         plain.execute("select 1 / 0")
     assert shop.sums() == (500, 0, 500, 0)
@@ -306,7 +309,7 @@ def test_a_failed_transaction_is_no_obstacle(plain: Connection[Any], shop: Ledge
 
 def test_an_open_transaction_is_no_obstacle(plain: Connection[Any], shop: Ledger) -> None:
     with left_by(LookupError), pgcredits.usage(plain, "alpha", "chapter", 1200):
-        plain.execute("insert into chapters values ('open')")
+        plain.execute("insert into chapters (body) values ('open')")
         raise LookupError
     assert held(shop) == 0
     plain.commit()
@@ -315,7 +318,7 @@ def test_an_open_transaction_is_no_obstacle(plain: Connection[Any], shop: Ledger
 
 def test_an_open_charge_is_the_callers_to_commit(plain: Connection[Any], shop: Ledger) -> None:
     with left_by(LookupError), pgcredits.usage(plain, "alpha", "chapter", 1200) as u:
-        plain.execute("insert into chapters values ('open')")
+        plain.execute("insert into chapters (body) values ('open')")
         u.settle(1000)
         raise LookupError
     plain.commit()
@@ -546,7 +549,7 @@ def test_async_settles_and_releases(shop: Ledger, market: Database) -> None:
             async with pgcredits.usage_async(conn, "alpha", "chapter", 1200, quality="best") as u:
                 assert (u.model, held(shop)) == ("large", 120)
                 async with conn.transaction():
-                    await conn.execute("insert into chapters values ('async')")
+                    await conn.execute("insert into chapters (body) values ('async')")
                     assert (await u.settle(100)).charged == 10
             async with pgcredits.usage_async(conn, "alpha", "chapter", {"words": 50}):
                 pass
@@ -667,6 +670,96 @@ def test_an_async_pool(shop: Ledger, market: Database) -> None:
 
     asyncio.run(work())
     assert shop.sums() == (495, 0, 495, 0)
+
+
+# The page of the manual ----------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs/usage.md").read_text()
+BOOKS = [{"id": number, "owner": owner} for number, owner in enumerate(("alpha", "alpha", "beta"), 1)]
+
+
+def example(section: str, number: int = 0) -> dict[str, Any]:
+    """What a block of the page defines."""
+    code = PAGE.split(f"## With {section}\n")[1].split("\n## ")[0].split("```python\n")[1 + number].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code, f"docs/usage.md, {section}", "exec"), names)  # noqa: S102 - our own page
+    return names
+
+
+def generate(outline: str, model: str) -> tuple[str, int]:
+    """The work: it fails without an outline."""
+    assert model == "large"
+    if not outline:
+        raise LookupError
+    return f"of {outline}", 1000
+
+
+async def generate_later(outline: str, model: str) -> tuple[str, int]:
+    return generate(outline, model)
+
+
+def check_answers(shop: Ledger, answers: list[Any]) -> None:
+    """One chapter was written and charged, one failed, and beta's plan has none."""
+    written, refusal = answers
+    assert written == {"status": 200, "charged": 100}
+    assert refusal["status"] == 403
+    assert refusal["why"] == "plan_required"
+    assert (chapters(shop), shop.sums()) == (["of ideas"], (400, 0, 400, 0))
+
+
+def test_the_page_with_psycopg(plain: Connection[Any], shop: Ledger) -> None:
+    page = example("psycopg")
+    write = page["write_chapter"]
+    answers = [write(plain, BOOKS[0], "ideas", generate), write(plain, BOOKS[2], "ideas", generate)]
+    with pytest.raises(LookupError):
+        write(plain, BOOKS[1], "", generate)
+    check_answers(shop, answers)
+    assert answers[1]["plans"] == ["pro"]
+    poor = CreditsError(402, "insufficient_credits", {"required": Decimal("2.5"), "available": 1})
+    late = CreditsError(429, "rate_limited", {"resets_at": "2030-02-01T00:00:00+00:00"})
+    assert page["answer"](poor)["missing"] == Decimal("1.5")
+    assert page["answer"](late)["retry_at"].startswith("2030-02-01")
+
+
+def test_the_page_with_psycopg_async(shop: Ledger, market: Database) -> None:
+    async def work() -> None:
+        write = example("psycopg", 1)["write_chapter"]
+        async with AsyncConnectionPool(market.dsn, min_size=1, kwargs={"options": SERVICE}, open=False) as pool:
+            assert await write(pool, BOOKS[0], "ideas", generate_later) == "of ideas"
+            with refused(403, "plan_required"):
+                await write(pool, BOOKS[2], "ideas", generate_later)
+
+    asyncio.run(work())
+    assert shop.sums() == (400, 0, 400, 0)
+
+
+def test_the_page_with_sqlalchemy(shop: Ledger, market: Database) -> None:
+    engine = sqlalchemy.create_engine("postgresql+psycopg://", creator=market.connect)
+    write = example("SQLAlchemy")["write_chapter"]
+    answers = [write(engine, BOOKS[0], "ideas", generate), write(engine, BOOKS[2], "ideas", generate)]
+    with pytest.raises(LookupError):
+        write(engine, BOOKS[1], "", generate)
+    engine.dispose()
+    check_answers(shop, answers)
+
+
+def test_the_page_with_asyncpg(shop: Ledger, market: Database) -> None:
+    async def work() -> list[Any]:
+        write = example("asyncpg")["write_chapter"]
+        where = conninfo_to_dict(market.dsn)
+        async with asyncpg.create_pool(
+            host=where["host"], port=where.get("port"), user=where["user"], password=where.get("password"),
+            database=where["dbname"], min_size=1, server_settings={"role": "credits_service"},
+        ) as pool:  # fmt: skip
+            answers = [
+                await write(pool, BOOKS[0], "ideas", generate_later),
+                await write(pool, BOOKS[2], "ideas", generate_later),
+            ]
+            with pytest.raises(LookupError):
+                await write(pool, BOOKS[1], "", generate_later)
+        return answers
+
+    check_answers(shop, asyncio.run(work()))
 
 
 # The package ---------------------------------------------------------------------------------------------------------
