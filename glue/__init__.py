@@ -2,4 +2,7 @@
 
 from importlib.metadata import version
 
+from pgcredits.client import AsyncUsage, CreditsError, Usage, usage, usage_async
+
+__all__ = ["AsyncUsage", "CreditsError", "Usage", "usage", "usage_async"]
 __version__ = version("pgcredits")

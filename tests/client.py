@@ -1,8 +1,5 @@
 """The verbs as Python methods: one method per verb, named arguments, one named tuple per row. Nothing else."""
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -11,30 +8,12 @@ import psycopg
 from psycopg import Connection
 from psycopg.rows import namedtuple_row
 
+from pgcredits.client import CreditsError, ours
 from pgcredits.db import statement
 
+__all__ = ["Amount", "Client", "CreditsError", "ours"]
+
 Amount = Decimal | int | str
-
-
-class CreditsError(Exception):
-    """An error of ours: HTTP status, stable code, detail (decoded) and hint."""
-
-    def __init__(self, status: int, code: str, detail: Any, hint: str | None) -> None:
-        super().__init__(f"{status} {code} {detail} {hint}")
-        self.status, self.code, self.detail, self.hint = status, code, detail, hint
-
-
-@contextmanager
-def ours() -> Iterator[None]:
-    """Turn SQLSTATE PTnnn into CreditsError; every other error of the database passes."""
-    try:
-        yield
-    except psycopg.Error as error:
-        state = error.sqlstate or ""
-        if not state.startswith("PT"):
-            raise
-        detail = json.loads(error.diag.message_detail or "null")
-        raise CreditsError(int(state[2:]), error.diag.message_primary or "", detail, error.diag.message_hint) from error
 
 
 class Client:
