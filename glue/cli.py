@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psycopg
 import typer
@@ -153,8 +154,14 @@ def audit(dsn: Dsn = "") -> None:
 
 @catalog_cli.command("apply")
 def catalog_apply(file: CatalogFile, dsn: Dsn = "") -> None:
-    """Make the catalogue what a document says, wholly or not at all, and print what that changed."""
+    """Make the catalogue what a document says, wholly or not at all, and print what that changed.
+
+    Then accounts whose plan got other credits are brought up to date, a batch at a time.
+    """
     _show_changes(file, dsn, dry_run=False)
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target, autocommit=True) as conn:
+        if accounts := sum(iter(partial(_initialize_plan_credits, conn), 0)):
+            print(f"Accounts brought to the credits that their plan says now: {accounts}.")
 
 
 @catalog_cli.command("diff")
@@ -177,6 +184,12 @@ def catalog_export(
     with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
         text = catalog.export(conn)
     catalog.write(file, text)
+
+
+def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:
+    (row,) = db.call(conn, "initialize_plan_credits")
+    accounts: int = row["initialize_plan_credits"]
+    return accounts
 
 
 def _show_changes(file: str, dsn: str, *, dry_run: bool) -> bool:

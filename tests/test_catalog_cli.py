@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledger_support import committed
 from servers import Database
 
 from pgcredits import catalog, cli
@@ -95,6 +96,18 @@ def test_apply_diff_and_export(run: Run, tmp_path: Path) -> None:
         ["changed", printed.splitlines()[-1].split(maxsplit=1)[1]],
     ]
     assert re.search(r"rates\.outline: \{.*\} -> \{.*\}$", printed.rstrip())
+
+
+def test_accounts_get_what_their_plan_says_now(run: Run, database: Database) -> None:
+    plans = "plans: {pro: {name: Pro, monthly_credits: 0}}"
+    run("apply", "-", text=plans)
+    with committed(database) as ledger:
+        for name in ("alpha", "beta"):
+            ledger.open_account(name, plan="pro")
+        code, printed, _ = run("apply", "-", text=plans.replace("0}", "20}"))
+        assert (code, printed.splitlines()[-1]) == (0, "Accounts brought to the credits that their plan says now: 2.")
+        assert {ledger.available("alpha"), ledger.available("beta")} == {20}
+    assert run("apply", "-", text=plans.replace("0}", "20}")) == (0, "Nothing to change.\n", "")
 
 
 def test_an_export_reads_well(run: Run) -> None:
