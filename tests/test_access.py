@@ -102,6 +102,17 @@ def expected(plan: str, capability: str, quality: str | None, model: str | None)
     return "model", None, None
 
 
+def general_way(ledger: Ledger, *asked: str | None) -> tuple[Any, ...]:
+    """The same answer without the shortcut by offers."""
+    with ledger.as_owner():
+        (row,) = ledger.query(
+            "select d.* from credits._decide(credits._balance(%s), row(%s, 10, null, %s, %s, null, null), %s) d",
+            *asked,
+            asked[0],
+        )
+    return (row.gate, row.status, row.code, row.capability, row.quality, row.model, row.amount, row.available)
+
+
 def test_every_combination_of_a_catalogue(ledger: Ledger) -> None:
     mappings = sum(len(models) for plan in ALLOWED.values() for levels in plan.values() for models in levels.values())
     assert (len(ALLOWED), len(CAPABILITIES), len(QUALITIES), len(MODELS), mappings) == (4, 12, 3, 7, 48)
@@ -116,6 +127,8 @@ def test_every_combination_of_a_catalogue(ledger: Ledger) -> None:
         answers[plan, capability, quality, model] = (row.gate, row.quality, row.model)
         if row.allowed:
             assert row.amount == 10 * (3 if row.quality == "best" else 1) * (2 if row.model == "huge" else 1)
+        if row.allowed:
+            assert general_way(ledger, plan, capability, quality, model) == (*row[2:8], row.amount, row.available)
     wrong = {one: (answers[one], expected(*one)) for one in asked if answers[one] != expected(*one)}
     assert not wrong
     assert sum(gate is None for gate, *_ in answers.values()) > 100
