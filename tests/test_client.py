@@ -47,6 +47,20 @@ insert into credits.rates (capability, price) values
   ('outline', '{"lines":[{"flat":5,"rounding":"half_up","decimals":6}]}');
 """
 
+# Much faster than a database for each test, or a truncate. As replica no foreign key is asked.
+EMPTY = """
+set session_replication_role = replica;
+do $$ declare v_table regclass; begin
+  for v_table in
+    select c.oid from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attname = 'account_id'
+     where c.relnamespace = 'credits'::regnamespace and c.relkind in ('r', 'p') and not c.relispartition
+  loop
+    execute format('delete from %s', v_table);
+  end loop;
+end $$;
+delete from chapters;
+"""
+
 
 @pytest.fixture(scope="module")
 def market(server: Engine) -> Iterator[Database]:
@@ -67,9 +81,9 @@ def shop(market: Database) -> Iterator[Ledger]:
     Afterwards nothing is left open, and all is sound.
     """
     threads = set(threading.enumerate())
+    with market.admin() as admin:
+        admin.execute(EMPTY)
     with committed(market) as ledger:
-        ledger.change("truncate credits.accounts, credits.entries, credits.reservations cascade")
-        ledger.conn.execute("delete from chapters")
         for account_id, plan, amount in (("alpha", "pro", 500), ("beta", "free", 20)):
             ledger.open_account(account_id, plan=plan)
             ledger.grant(amount, account_id)
@@ -241,12 +255,13 @@ def test_units_are_exact_by_number_and_by_name(plain: Connection[Any], shop: Led
     assert (settled.charged, settled.unit_counts) == (Decimal("0.02"), {"words": Decimal("0.2")})
 
 
-@pytest.mark.parametrize("units", [1.5, True, "12", {"words": 1.5}])
-def test_units_that_are_not_exact_are_refused(units: Any, plain: Connection[Any], shop: Ledger) -> None:
-    with pytest.raises(TypeError, match="units must be an int or a Decimal"):
-        pgcredits.usage(plain, "alpha", "chapter", units)
-    with pytest.raises(TypeError, match="amounts are exact"), pgcredits.usage(plain, "alpha", "chapter", 1) as u:
-        u.settle(units)
+def test_units_that_are_not_exact_are_refused(plain: Connection[Any], shop: Ledger) -> None:
+    inexact: list[Any] = [1.5, True, "12", {"words": 1.5}]
+    for units in inexact:
+        with pytest.raises(TypeError, match="units must be an int or a Decimal"):
+            pgcredits.usage(plain, "alpha", "chapter", units)
+        with left_by(TypeError), pgcredits.usage(plain, "alpha", "chapter", 1) as u:
+            u.settle(units)
     assert shop.sums() == (500, 0, 500, 0)
 
 
@@ -399,7 +414,7 @@ import sys, time, psycopg, pgcredits
 from datetime import timedelta
 with psycopg.connect(sys.argv[1]) as conn:
     with pgcredits.usage(conn, "alpha", "chapter", 1200, ttl=timedelta(seconds=1)) as u:
-        time.sleep(1.2)
+        time.sleep(0.7)
         print(u.usage_id, flush=True)
         time.sleep(60)
 """
@@ -487,7 +502,7 @@ def test_a_hold_outlives_its_ttl_while_the_work_runs(shop: Ledger, market: Datab
         Unrenewed(other, "alpha", "chapter", 100, ttl=SHORT) as unrenewed,
     ):
         one.execute("select 1")  # the renewal minds no open transaction
-        time.sleep(2.3)
+        time.sleep(1.7)
         assert (status(shop, u.usage_id), status(shop, unrenewed.usage_id)) == ("open", "expired")
         one.rollback()
         assert (u.settle(50).late, unrenewed.settle(50).late) == (False, True)
@@ -632,7 +647,7 @@ def test_async_extends_the_hold_while_the_work_runs(shop: Ledger, market: Databa
         async with await connected(market) as conn:
             async with pgcredits.usage_async(conn, "alpha", "chapter", 100, ttl=SHORT) as u:
                 await conn.execute("select 1")
-                await asyncio.sleep(1.6)
+                await asyncio.sleep(1.3)
                 assert status(shop, u.usage_id) == "open"
             await conn.commit()
             assert asyncio.all_tasks() == {asyncio.current_task()}
