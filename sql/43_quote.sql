@@ -24,8 +24,8 @@ declare
 begin
   v_use := credits._choose(credits._caller(credits._account(quote.account_id), v_now), v_request);
   if v_use.gate is not null then
-    v_use.quality := quote.quality;
-    v_use.model   := quote.model;
+    v_use.quality := credits._check_code('quality', quote.quality);
+    v_use.model   := credits._check_code('model', quote.model);
   end if;
   v_use    := credits._price_use(v_use, v_request, v_now);
   v_rate   := credits._rate_of(v_use.rate_id);
@@ -40,7 +40,8 @@ units counts the capability''s own unit; unit_counts gives several units by name
 Without a quality or a model it is those that authorize_usage would choose. The price is computed by the code that charges.
 rate_id names the rate, in force since valid_from (null: always): authorize_usage(rate_id => ...) charges by it for 15 minutes
 more (setting quote_ttl) if another one comes. What the plan does not include is quoted too.
-Errors: 400 invalid_request, 404 account_not_found, capability_not_found, rate_not_found, 422 invalid_amount.';
+Errors: 400 invalid_request, 404 account_not_found, capability_not_found, quality_not_found, model_not_found,
+rate_not_found, 422 invalid_amount.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,26 @@ as $$
    order by l.display_order, l.code, q.rank
    limit 1
 $$;
+
+-- What is in no plan may still have a price, if there is such a thing at all.
+create or replace function credits._check_code(
+  what text,
+  code text
+)
+returns text
+language plpgsql
+stable
+as $$
+begin
+  if _check_code.what = 'quality' and _check_code.code is not null
+     and not exists (select from credits.quality_levels q where q.code = _check_code.code) then
+    perform credits._fail(404, 'quality_not_found', jsonb_build_object('quality', _check_code.code));
+  elsif _check_code.what = 'model' and _check_code.code is not null
+        and not exists (select from credits.models m where m.code = _check_code.code) then
+    perform credits._fail(404, 'model_not_found', jsonb_build_object('model', _check_code.code));
+  end if;
+  return _check_code.code;
+end $$;
 
 create or replace function credits._has_qualities(
   plan       text,

@@ -14,14 +14,15 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_account credits.accounts := credits._account(get_usage.account_id);
+  v_by      text := coalesce(get_usage.group_by, 'day');
   v_since   timestamptz := coalesce(get_usage.since, date_trunc('month', credits.now(), v_account.time_zone));
 begin
-  if get_usage.group_by not in ('day', 'subject', 'capability', 'quality', 'model', 'member') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'group_by', 'group_by', get_usage.group_by),
+  if v_by not in ('day', 'subject', 'capability', 'quality', 'model', 'member') then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'group_by', 'group_by', v_by),
       'group_by is day, subject, capability, quality, model or member.');
   end if;
   return query
-    select case get_usage.group_by
+    select case v_by
              when 'day'        then to_char(m.at at time zone v_account.time_zone, 'YYYY-MM-DD')
              when 'subject'    then m.subject
              when 'capability' then m.capability
@@ -32,7 +33,7 @@ begin
       from credits._usage_moves(v_account.account_id, v_since, get_usage.until) m
       left join credits.usages u on u.account_id = v_account.account_id and u.usage_id = m.reservation_id
      group by 1
-     order by case when get_usage.group_by = 'day' then 0 else sum(m.credits) end desc, 1;
+     order by case when v_by = 'day' then 0 else sum(m.credits) end desc, 1;
 end $$;
 comment on function credits.get_usage(text, text, timestamptz, timestamptz) is
 'What the credits of an account were used for, by day, subject, capability, quality, model or member.

@@ -36,6 +36,10 @@ RESERVATION: Wrong = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["u
 METADATA: Wrong = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
 TTL: Wrong = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
 
+USES = ("quote", "check_access", "authorize_usage")
+NO_CAPABILITY: Wrong = {(404, "capability_not_found"): [None, "", "dance", LONG]}
+COUNTS: Wrong = {INVALID: [Jsonb(value) for value in ({"words": 1}, [], 1, "words", {"words": "1"})]}  # beside units
+
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
     "freeze_account": {"account_id": "alpha"},
@@ -60,6 +64,15 @@ GOOD: dict[str, dict[str, Any]] = {
     "set_member": {"account_id": "alpha", "member_id": "m2", "role": "admin", "monthly_limit": 5},
     "remove_member": {"account_id": "alpha", "member_id": "m1"},
     "list_members": {"account_id": "alpha"},
+    "quote": {"account_id": "beta", "capability": "chapter", "units": 5},
+    "check_access": {"account_id": "beta", "capability": "chapter", "units": 5},
+    "authorize_usage": {"account_id": "beta", "capability": "chapter", "units": 5, "usage_id": "new"},
+    "settle_usage": {"account_id": "beta", "usage_id": "u", "units": 5},
+    "get_limits": {"account_id": "beta"},
+    "get_usage": {"account_id": "beta", "group_by": "day"},
+    "grant_plan_credits": {"max_accounts": 5},
+    "initialize_plan_credits": {"max_accounts": 5},
+    "apply_catalog": {"catalog": Jsonb({})},
     "spend_many": {"requests": Jsonb([{"account_id": "alpha", "amount": 5, "key": "k"}])},
     "receive_stripe_event": {"endpoint": "default", "payload": '{"id": "evt_1", "type": "unheard.of"}'},
     "replay_stripe_event": {"event_id": "evt_0"},
@@ -92,7 +105,16 @@ BAD: dict[tuple[str, str], Wrong] = {
     **{(verb, "reservation_id"): RESERVATION for verb in ("capture", "settle", "release", "extend", "get_reservation")},
     **{
         (v, "metadata"): METADATA
-        for v in ("open_account", "grant_credits", "spend", "transfer_credits", "reserve", "settle")
+        for v in (
+            "open_account",
+            "grant_credits",
+            "spend",
+            "transfer_credits",
+            "reserve",
+            "settle",
+            "authorize_usage",
+            "settle_usage",
+        )
     },
     ("adjust", "amount"): SIGNED_AMOUNT,
     ("settle", "amount"): AMOUNT_OR_ZERO,
@@ -101,7 +123,24 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("set_member", "role"): {INVALID: ["", "guest", "Owner", LONG]},
     ("set_member", "monthly_limit"): {NO_AMOUNT: TOO_SMALL},
     ("remove_member", "member_id"): {INVALID: ACCOUNT[INVALID], (404, "member_not_found"): ["m2", "M1"]},
-    ("settle", "on_overage"): {INVALID: ["", "CAP", "debt"]},
+    **{(verb, "on_overage"): {INVALID: ["", "CAP", "debt"]} for verb in ("settle", "settle_usage")},
+    **{(verb, "capability"): NO_CAPABILITY for verb in USES},
+    **{(verb, "units"): {NO_AMOUNT: TOO_SMALL} for verb in (*USES, "settle_usage")},
+    **{(verb, "unit_counts"): COUNTS for verb in (*USES, "settle_usage")},
+    ("quote", "quality"): {(404, "quality_not_found"): ["", "platinum", LONG]},
+    ("quote", "model"): {(404, "model_not_found"): ["", "gigantic", LONG]},
+    ("authorize_usage", "quality"): {(403, "quality_not_in_plan"): ["", "platinum", LONG]},
+    ("authorize_usage", "model"): {(403, "model_not_in_plan"): ["", "gigantic", LONG]},
+    ("authorize_usage", "usage_id"): KEY,
+    ("authorize_usage", "ttl"): TTL,
+    ("authorize_usage", "rate_id"): {(409, "quote_expired"): [0, -1, 2**63 - 1]},
+    ("settle_usage", "usage_id"): {INVALID: KEY[INVALID], (404, "usage_not_found"): ["unknown", "U"]},
+    ("get_usage", "group_by"): {INVALID: ["", "hour", "Day", LONG]},
+    ("grant_plan_credits", "max_accounts"): {INVALID: [None, 0, -1, 10_001]},
+    ("initialize_plan_credits", "max_accounts"): {INVALID: [None, 0, -1, 10_001]},
+    ("apply_catalog", "catalog"): {
+        (400, "invalid_catalog"): [None, *(Jsonb(v) for v in (None, [], 1, "plans", {"plan": {}}))]
+    },
     ("reserve", "reservation_id"): {INVALID: KEY[INVALID]},
     ("reserve", "min_amount"): AMOUNT_OR_NULL,
     ("reserve", "ttl"): TTL,
@@ -152,6 +191,14 @@ NOT_A_TIME = "22007"
 MISTYPED: dict[tuple[str, str], str] = {
     **{(verb, "amount"): NOT_A_NUMBER for verb in GOOD if "amount" in GOOD[verb]},
     ("reserve", "min_amount"): NOT_A_NUMBER,
+    **{(verb, "units"): NOT_A_NUMBER for verb in (*USES, "settle_usage")},
+    **{(verb, "unit_counts"): NOT_A_NUMBER for verb in (*USES, "settle_usage")},
+    ("authorize_usage", "rate_id"): NOT_A_NUMBER,
+    ("authorize_usage", "ttl"): NOT_A_TIME,
+    ("get_usage", "since"): NOT_A_TIME,
+    ("get_usage", "until"): NOT_A_TIME,
+    ("grant_plan_credits", "max_accounts"): NOT_A_NUMBER,
+    ("apply_catalog", "catalog"): NOT_A_NUMBER,
     ("set_debt_limit", "debt_limit"): NOT_A_NUMBER,
     ("set_member", "monthly_limit"): NOT_A_NUMBER,
     ("revoke_grant", "grant_id"): NOT_A_NUMBER,
@@ -194,6 +241,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.tell("customer.updated", {"id": "cus_2", "object": "customer", "metadata": {"account_id": "alpha"}})
     ledger.spend("alpha", 10, key="spent")
     ledger.reserve("alpha", 10, "r")
+    ledger.authorize_usage("beta", "chapter", 5, usage_id="u")
     ledger.set_member("alpha", "m1")
     return ledger
 
@@ -276,8 +324,10 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
     )
     free = {  # any text will do, or a filter that any value only narrows
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
-        "status", "type", "before", "livemode", "stripe_account", "body", "headers",
+        "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
+    known |= {(verb, "capability") for verb in USES}
+    known -= {("check_access", "quality"), ("check_access", "model")}  # a gate, not an error
     known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
     assert known == set(BAD)
