@@ -17,7 +17,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def busy(ledger: Ledger) -> None:
-    """Three accounts with entries of every kind, an open reservation, a debt, and a refund that failed."""
+    """Four accounts with entries of every kind, an open reservation, a debt, a refund that failed, and usages."""
     ledger.rows("load_demo_catalog")
     ledger.open("alpha", 100, "0.000001")
     ledger.open("beta", 20)
@@ -49,6 +49,11 @@ def busy(ledger: Ledger) -> None:
     ledger.receive_stripe_event("default", refund("evt_4", "failed"))
     ledger.receive_stripe_event("default", told("evt_5", "customer.subscription.created", SUBSCRIPTION))
     ledger.receive_stripe_event("default", told("evt_6", "invoice.paid", INVOICE))
+    ledger.open_account("di", plan="free")
+    for number in range(3):
+        ledger.authorize_usage("di", "outline", usage_id=f"u{number}")
+    ledger.settle_usage("di", "u1")
+    ledger.release("di", "u2")
 
 
 def bought(event_id: str, account_id: str) -> str:
@@ -159,7 +164,7 @@ def test_the_trial_balance_sums_to_zero_over_every_account_of_the_chart(ledger: 
     assert sum(row.balance for row in rows) == 0
     books = {row.account: row.balance for row in rows}
     assert set(books) == {side for kind in ledger.table("entry_kinds") for side in (kind.debit, kind.credit)}
-    balances = [ledger.get_balance(account_id) for account_id in ("alpha", "beta", "cy")]
+    balances = [ledger.get_balance(account_id) for account_id in ("alpha", "beta", "cy", "di")]
     assert -books["customer_credits"] == sum((row.balance for row in balances), Decimal(0))
     assert books["customer_debt"] == sum((row.debt for row in balances), Decimal(0))
 
@@ -257,12 +262,17 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("paid_lines_have_their_grant", "update credits.allowances set credits = 501, first_credits = 501"),
     ("paid_lines_have_their_grant", "update credits.allowances set first_credits = 499"),
     ("paid_lines_have_their_grant", "delete from credits.plan_grants"),
-    ("subscriptions_are_as_mirrored", "update credits.subscriptions set status = 'past_due'"),
+    ("subscriptions_are_as_mirrored", "update credits.subscriptions set status = 'past_due' where source = 'stripe'"),
     ("subscriptions_are_as_mirrored", "delete from credits.stripe_objects where kind = 'subscription'"),
     ("one_plan_of_our_own", TWO_PLANS),
     ("clawbacks_reach_their_target", "update credits.clawbacks set firm = 1, target = 1"),
     ("clawbacks_reach_their_target", "update credits.clawbacks set taken = 1"),
     ("clawbacks_reach_their_target", "update credits.clawbacks set owed = 1"),
+    ("usages_are_as_their_reservations", "update credits.usages set counted_credits = 2 where usage_id = 'u1'"),
+    ("usages_are_as_their_reservations", "delete from credits.reservations where reservation_id = 'u2'"),
+    ("windows_count_their_usages", "update credits.usage_windows set calls = calls + 1"),
+    ("windows_count_their_usages", "update credits.usages set status = 'open' where usage_id = 'u2'"),
+    ("admissions_are_numbered", "update credits.usage_admissions set number = number + 1 where number = 2"),
     ("clawbacks_reach_their_target", REFUNDED),
     ("clawbacks_reach_their_target", "delete from credits.clawbacks; " + REFUNDED),
 ]  # fmt: skip
