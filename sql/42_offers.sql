@@ -1,5 +1,5 @@
--- Offers: what plans let their accounts use without a limit and at a simple price, worked out whenever the catalogue changes. They
--- only answer check_access() sooner; authorize_usage() always goes the general way.
+-- Offers: what plans let their accounts use without a limit and at a simple price, worked out whenever the catalogue
+-- changes. They only answer check_access() sooner; authorize_usage() always goes the general way.
 
 create or replace function credits._work_out_offers()
 returns void
@@ -9,8 +9,8 @@ declare
   v_now timestamptz := credits.now();
 begin
   delete from credits.offers;
-  insert into credits.offers (plan, capability, asked_quality, asked_model, offered_by, quality, model, flat, unit_price, rate_id,
-    valid_until)
+  insert into credits.offers (plan, capability, asked_quality, asked_model, offered_by, quality, model, flat, unit_price,
+    rate_id, valid_until)
   select x.plan, a.capability, a.quality, a.model, a.plan, c.quality, c.model, s.flat, s.unit_price, r.rate_id,
          credits._rate_until(r, c.quality, c.model, v_now)
     from credits._askable() a
@@ -76,6 +76,7 @@ as $$
          case when jsonb_array_length(_simple_price.price -> 'lines') = 1 and not _simple_price.price ?| '{minimum,maximum}'
                 and l.line ? 'credits' and not l.line ?| '{per,block}' and l.line ->> 'unit' = _simple_price.unit
                 and l.line ->> 'rounding' = 'half_up' and l.line ->> 'decimals' = '6'
-              then (l.line -> 'credits')::numeric * credits._multiplier(_simple_price.price, _simple_price.quality, _simple_price.model) end
+              then (l.line -> 'credits')::numeric
+                   * credits._multiplier(_simple_price.price, _simple_price.quality, _simple_price.model) end
     from (select _simple_price.price -> 'lines' -> 0 as line) l
 $$;

@@ -17,7 +17,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_now     timestamptz := credits.now();
-  v_request credits.use_request := row(quote.capability, quote.units, quote.unit_counts, quote.quality, quote.model, null, null);
+  v_request credits.use_request := row(quote.capability, quote.units, quote.unit_counts, quote.quality,
+                                       quote.model, null, null);
   v_use     credits.use;
   v_rate    credits.rates;
   v_priced  credits.priced;
@@ -31,7 +32,8 @@ begin
   v_rate   := credits._rate_of(v_use.rate_id);
   v_priced := credits._price(v_rate.price, v_use.counts, v_use.quality, v_use.model);
   return row(v_use.account_id, v_use.capability, v_use.quality, v_use.model, v_use.units, v_use.counts,
-             v_priced.amount, v_rate.rate_id, nullif(v_rate.valid_from, '-infinity'), v_priced.explanation)::credits.quote_result;
+             v_priced.amount, v_rate.rate_id, nullif(v_rate.valid_from, '-infinity'),
+             v_priced.explanation)::credits.quote_result;
 end $$;
 comment on function credits.quote(text, text, numeric, text, text, jsonb) is
 'What a use of a capability would cost, in credits, and how the price comes about. Holds nothing.
@@ -225,7 +227,8 @@ begin
                           _quoted_rate.at - (credits._setting('quote_ttl') #>> '{}')::interval);
   if v_rate.rate_id is distinct from _quoted_rate.rate_id then
     perform credits._fail(409, 'quote_expired',
-      jsonb_build_object('rate_id', _quoted_rate.rate_id, 'capability', v_use.capability, 'quality', v_use.quality, 'model', v_use.model),
+      jsonb_build_object('rate_id', _quoted_rate.rate_id, 'capability', v_use.capability, 'quality', v_use.quality,
+                         'model', v_use.model),
       'This rate is not, or no longer, the price of this. Ask for a new quote.');
   end if;
   return v_rate;

@@ -1,5 +1,5 @@
--- What an account may use: the gates, one after the other. check_access shows the answer, authorize_usage of 46_usage.sql asks
--- the same under the lock of the account and acts on it.
+-- What an account may use: the gates, one after the other. check_access shows the answer, authorize_usage of 46_usage.sql
+-- asks the same under the lock of the account and acts on it.
 
 create or replace function credits.check_access(
   account_id  text,
@@ -75,7 +75,8 @@ begin
   v_use.member_id := (_decide.request).member_id;
   v_use.available := credits._available(_decide.balance, (_decide.request).capability, v_now);
   if v_account.status <> 'active' then
-    return credits._refuse(v_use, 'account', 423, 'account_' || v_account.status, jsonb_build_object('status', v_account.status));
+    return credits._refuse(v_use, 'account', 423, 'account_' || v_account.status,
+      jsonb_build_object('status', v_account.status));
   end if;
   v_use := credits._ask_subscription(v_use);
   if v_use.gate is null then
@@ -126,7 +127,8 @@ begin
     v_state := credits.get_subscription_state((_ask_subscription.use).account_id);
     if not v_state.may_spend then
       return credits._refuse(_ask_subscription.use, 'subscription', 403, 'subscription_inactive',
-        jsonb_build_object('state', v_state.state, 'status', v_state.status, 'plan', v_state.plan, 'grace_until', v_state.grace_until));
+        jsonb_build_object('state', v_state.state, 'status', v_state.status, 'plan', v_state.plan,
+                           'grace_until', v_state.grace_until));
     end if;
   end if;
   return _ask_subscription.use;
@@ -156,7 +158,8 @@ begin
   select coalesce(jsonb_agg(m.code order by m.display_order, m.code), '[]') into v_models
     from credits.models m, lateral credits._plan_choice(v_use.plan, v_use.capability, v_request.quality, m.code);
   return credits._refuse(v_use, 'model', 403, 'model_not_in_plan', jsonb_build_object(
-    'plan', v_use.plan, 'capability', v_use.capability, 'quality', v_request.quality, 'model', v_request.model, 'models', v_models));
+    'plan', v_use.plan, 'capability', v_use.capability, 'quality', v_request.quality, 'model', v_request.model,
+    'models', v_models));
 end $$;
 
 create or replace function credits._plans_with(capability text)

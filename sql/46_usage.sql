@@ -1,5 +1,5 @@
--- Uses of capabilities: authorize_usage admits, prices and holds in one transaction, settle_usage charges what was really used.
--- The hold is the reservation of the same id, so release(), extend() and capture() work on it too.
+-- Uses of capabilities: authorize_usage admits, prices and holds in one transaction, settle_usage charges what was really
+-- used. The hold is the reservation of the same id, so release(), extend() and capture() work on it too.
 -- Keeps: a use is priced by the rate that it pinned, and counted once in each window that limits it. Lock order: see
 -- 10_accounts.sql, then usages, usage_windows, usage_admissions.
 
@@ -228,7 +228,8 @@ declare
   v_usage   credits.usages := _close_settled.usage;
   v_settled credits.settle_result := _close_settled.settled;
   v_result  credits.settle_usage_result := row(v_usage.usage_id, v_usage.account_id, v_settled.status, v_usage.capability,
-              v_usage.quality, v_usage.model, v_usage.units, v_usage.counts, trim_scale(v_settled.actual + _close_settled.captured),
+              v_usage.quality, v_usage.model, v_usage.units, v_usage.counts,
+              trim_scale(v_settled.actual + _close_settled.captured),
               trim_scale(v_settled.charged + _close_settled.captured), v_settled.uncollected, v_settled.released, v_settled.late,
               v_usage.rate_id, (_close_settled.priced).explanation, v_settled.entry_seq, v_settled.balance,
               v_settled.available, false);

@@ -67,7 +67,8 @@ begin
        and e.entry_seq > credits._seq_at(_usage_moves.account_id, _usage_moves.since - interval '1 microsecond')
        and (_usage_moves.until is null or e.created_at < _usage_moves.until)
     union all
-    select r.created_at, r.subject, r.capability, r.member_id, r.reservation_id, 0, r.amount - r.captured, 'r' || r.reservation_id
+    select r.created_at, r.subject, r.capability, r.member_id, r.reservation_id, 0, r.amount - r.captured,
+           'r' || r.reservation_id
       from credits.reservations r
      where r.account_id = _usage_moves.account_id and r.status = 'open' and r.expires_at > v_now
        and r.created_at >= _usage_moves.since and (_usage_moves.until is null or r.created_at < _usage_moves.until);
