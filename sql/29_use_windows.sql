@@ -53,8 +53,9 @@ create or replace function credits._forget_admissions(
   at         timestamptz
 )
 returns void
-language sql
+language plpgsql
 as $$
+begin
   delete from credits.usage_admissions a
    where a.account_id = _forget_admissions.account_id and a.capability = _forget_admissions.capability
      and (a.admitted_at, a.number) in (
@@ -66,8 +67,8 @@ as $$
                       from credits.plan_limits l
                      where l.rolling and coalesce(l.capability, '') = _forget_admissions.capability)
             order by o.admitted_at, o.number
-            limit 2)
-$$;
+            limit 2);
+end $$;
 
 -- A usage turns out to have been more or less than was counted. Windows that are over count no more.
 create or replace function credits._correct_windows(
@@ -77,16 +78,17 @@ create or replace function credits._correct_windows(
   credits numeric
 )
 returns void
-language sql
+language plpgsql
 as $$
+begin
   update credits.usage_windows w
      set calls   = w.calls + _correct_windows.calls,
          units   = w.units + case when w.capability = '' then 0 else _correct_windows.units end,
          credits = w.credits + _correct_windows.credits
    where w.account_id = (_correct_windows.usage).account_id and w.capability in ('', (_correct_windows.usage).capability)
      and w.capability || '/' || w.period = any ((_correct_windows.usage).counted_in)
-     and w.window_start <= (_correct_windows.usage).authorized_at
-$$;
+     and w.window_start <= (_correct_windows.usage).authorized_at;
+end $$;
 
 -- A window as its usages say.
 create or replace function credits._recounted(

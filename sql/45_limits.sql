@@ -52,13 +52,16 @@ declare
   v_full   credits.limit_result;
   v_member credits.members;
 begin
-  select jsonb_agg(to_jsonb(l) - 'member_id') as limits,
-         (array_agg(l order by l.gate desc, l.resets_at desc)
-            filter (where l.used + credits._weight(l.measure, v_use) > l.maximum))[1] as exceeded
-    into v_found
-    from credits._limits(v_use, (_ask_limits.balance).next_due_at, _ask_limits.at) l;
-  v_use.limits := v_found.limits;
-  v_full       := v_found.exceeded;
+  if exists (select from credits.plan_limits l
+              where l.plan = v_use.plan and (l.capability = v_use.capability or l.capability is null)) then
+    select jsonb_agg(to_jsonb(l) - 'member_id') as limits,
+           (array_agg(l order by l.gate desc, l.resets_at desc)
+              filter (where l.used + credits._weight(l.measure, v_use) > l.maximum))[1] as exceeded
+      into v_found
+      from credits._limits(v_use, (_ask_limits.balance).next_due_at, _ask_limits.at) l;
+    v_use.limits := v_found.limits;
+    v_full       := v_found.exceeded;
+  end if;
 
   if v_use.member_id is not null then
     v_member := credits._member(v_use.account_id, v_use.member_id);
@@ -121,7 +124,8 @@ as $$
                     + ('1 ' || _window_end.period)::interval) at time zone _window_end.time_zone end
 $$;
 
--- The limits of a plan for a capability (without one, for all), as they stand.
+-- The limits of a plan for a capability (without one, for all), as they stand. Its plan holds for all plans and capabilities: to
+-- make one for each call was measured to take 1.3 ms.
 create or replace function credits._limits(
   use    credits.use,
   due_at timestamptz,
@@ -130,6 +134,7 @@ create or replace function credits._limits(
 returns setof credits.limit_result
 language plpgsql
 stable
+set plan_cache_mode = force_generic_plan
 as $$
 begin
   return query

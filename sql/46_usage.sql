@@ -181,7 +181,8 @@ begin
   insert into credits.usages (authorized_at, account_id, usage_id, capability, quality, model, plan, rate_id, counts, units,
     amount, counted_in, counted_units, counted_credits, fingerprint, result)
   values (v_now, v_use.account_id, v_result.usage_id, v_use.capability, v_use.quality, v_use.model, v_use.plan, v_use.rate_id,
-    v_use.counts, v_use.units, v_use.amount, credits._count_use(v_use, v_now), v_use.units, v_use.amount,
+    v_use.counts, v_use.units, v_use.amount,
+    case when v_use.limits is null then '{}' else credits._count_use(v_use, v_now) end, v_use.units, v_use.amount,
     _open_usage.fingerprint, to_jsonb(v_result));
   return v_result;
 end $$;
