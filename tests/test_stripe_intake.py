@@ -675,7 +675,8 @@ def ask(ledger: Ledger) -> int:
 
 def later(request: Any, wait: timedelta) -> timedelta:
     """A wait, longer by up to a fifth: so requests that failed together do not come back together."""
-    return wait * (100 + request.request_id % 21) / 100
+    percent: int = 100 + request.request_id % 21
+    return wait * percent / 100
 
 
 ANSWERS: list[tuple[int | None, Any, str]] = [
