@@ -38,7 +38,7 @@ TTL: Wrong = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), tim
 
 USES = ("quote", "check_access", "authorize_usage")
 NO_CAPABILITY: Wrong = {(404, "capability_not_found"): [None, "", "dance", LONG]}
-COUNTS: Wrong = {INVALID: [Jsonb(value) for value in ({"words": 1}, [], 1, "words", {"words": "1"})]}  # beside units
+COUNTS: Wrong = {INVALID: [*map(Jsonb, ({"words": 1}, [], 1, "words", {"words": "1"}))]}  # beside units
 
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
@@ -140,9 +140,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("get_usage", "group_by"): {INVALID: ["", "hour", "Day", LONG]},
     ("grant_plan_credits", "max_accounts"): {INVALID: [None, 0, -1, 10_001]},
     ("initialize_plan_credits", "max_accounts"): {INVALID: [None, 0, -1, 10_001]},
-    ("apply_catalog", "catalog"): {
-        (400, "invalid_catalog"): [None, *(Jsonb(v) for v in (None, [], 1, "plans", {"plan": {}}))]
-    },
+    ("apply_catalog", "catalog"): {(400, "invalid_catalog"): [None, *map(Jsonb, (None, [], 1, "plans", {"plan": {}}))]},
     ("reserve", "reservation_id"): {INVALID: KEY[INVALID]},
     ("reserve", "min_amount"): AMOUNT_OR_NULL,
     ("reserve", "ttl"): TTL,

@@ -29,7 +29,7 @@ from pgcredits.settings import Settings
 
 ROLE = "credits_service"
 ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is the network that is tested
-KILLS = int(os.environ.get("PGCREDITS_TEST_KILLS", "25"))  # each over eight requests
+KILLS = int(os.environ.get("PGCREDITS_TEST_KILLS", "25"))  # and ten requests for each
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_does_nothing_twice(
     fake.fault = lambda: luck.choice(faults) if luck.random() < 0.1 else None
     ledger.change("update credits.settings set value = '\"1 second\"' where name = 'stripe_request_lease'")
     environment = {"PGCREDITS_DSN": database.dsn, "PGCREDITS_ROLE": ROLE, "STRIPE_API_BASE": fake.url}
-    accounts = [f"alpha_{n}" for n in range(KILLS * 8)]
+    accounts = [f"alpha_{n}" for n in range(KILLS * 10)]
     for account in accounts:
         ledger.open(account)
     nursery = subprocess.Popen(
@@ -419,7 +419,7 @@ def test_a_worker_that_is_killed_loses_nothing_and_does_nothing_twice(
 
         workers = [start(), start()]
         for n in range(KILLS):
-            for account in accounts[n * 8 : n * 8 + 8]:
+            for account in accounts[n * 10 : n * 10 + 10]:
                 customer(ledger, account)
             time.sleep(luck.random() / 5)
             os.kill(workers.pop(0), signal.SIGKILL)
@@ -436,13 +436,13 @@ def test_a_worker_that_is_killed_loses_nothing_and_does_nothing_twice(
         begin.close()
 
     requests = ledger.table("stripe_requests")
-    assert len(requests) == KILLS * 8
+    assert len(requests) == KILLS * 10
     assert {row.state for row in requests} == {"done"}
     assert fake.effects == {row.idempotency_key: 1 for row in requests}
     made = {thing["metadata"]["account_id"]: thing["id"] for thing in fake.objects.values()}
     bound = ledger.table("stripe_customers")
     assert sorted((row.account_id, row.customer_id) for row in bound) == sorted(made.items())
-    assert len(made) == len(fake.objects) == KILLS * 8
+    assert len(made) == len(fake.objects) == KILLS * 10
     assert max(row.attempts for row in requests) > 1, "nothing was ever interrupted"
     assert ledger.table("notifications") == []
     assert_sound(ledger)
