@@ -1,5 +1,6 @@
-"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit, catalog apply, diff, export."""
+"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit, catalog, stripe."""
 
+import asyncio
 import contextlib
 import logging
 import secrets
@@ -19,7 +20,7 @@ import uvicorn
 from rich.console import Console
 from rich.table import Table
 
-from pgcredits import __version__, catalog, db, demo, migrate
+from pgcredits import __version__, catalog, db, demo, migrate, worker
 from pgcredits.app import create_app
 from pgcredits.settings import Settings, SettingsError
 
@@ -29,7 +30,10 @@ cli = typer.Typer(
 )  # fmt: skip
 catalog_cli = typer.Typer(help="The catalogue as a document: docs/catalog.md.", no_args_is_help=True)
 cli.add_typer(catalog_cli, name="catalog")
+stripe_cli = typer.Typer(help="Requests to Stripe: docs/stripe.md.", no_args_is_help=True)
+cli.add_typer(stripe_cli, name="stripe")
 console = Console()
+LOG = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
 CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - is standard input.")]
 
@@ -84,8 +88,8 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
-    """Serve the door: Stripe's webhooks and the health checks."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Serve the door: Stripe's webhooks, the health checks, and, with STRIPE_SECRET_KEY, requests to Stripe."""
+    logging.basicConfig(level=logging.INFO, format=LOG)
     settings = Settings.from_environment()
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:
         _serve(replace(settings, dsn=target), lambda url: print(f"pgcredits {__version__} serves on {url}", flush=True))
@@ -184,6 +188,19 @@ def catalog_export(
     with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
         text = catalog.export(conn)
     catalog.write(file, text)
+
+
+@stripe_cli.command("work")
+def stripe_work(
+    dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
+) -> None:
+    """Send to Stripe what SQL asks of it, and bring the answers back. Several may run, beside the door or not."""
+    logging.basicConfig(level=logging.INFO, format=LOG)
+    settings = Settings.from_environment()
+    if not settings.stripe_key:
+        raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
+    with _database(dsn, settings) as target:
+        asyncio.run(worker.work(replace(settings, dsn=target), once=once))
 
 
 def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:

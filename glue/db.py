@@ -1,12 +1,15 @@
 """Calls of SQL functions by name, from a pool (async, for the door) or on one connection (the command line)."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from psycopg import AsyncConnection, Connection, sql
 from psycopg.rows import DictRow, dict_row
-from psycopg.types.json import Jsonb
+from psycopg.types.json import Jsonb, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 
 Row = dict[str, Any]
@@ -35,6 +38,10 @@ def call(conn: Connection[Any], function: str, **arguments: Any) -> list[Row]:
         return cursor.execute(query, parameters).fetchall()
 
 
+async def _exact(conn: AsyncConnection[Any]) -> None:
+    set_json_loads(partial(json.loads, parse_float=Decimal), conn)  # a number in jsonb is exact, and stays so
+
+
 class Database:
     """The door's pool. It opens without a database and comes back by itself when the database does."""
 
@@ -49,6 +56,7 @@ class Database:
             timeout=wait,
             reconnect_timeout=wait,  # then the next request tries anew, not a back-off that has grown long
             check=AsyncConnectionPool.check_connection,
+            configure=_exact,
             open=False,
         )
 

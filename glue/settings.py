@@ -26,6 +26,8 @@ class Settings:
     data: Path = Path(".pgcredits")
     embedded_port: int = 0
     webhook_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    stripe_key: str = field(default="", repr=False)
+    stripe_api_base: str = ""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -46,12 +48,21 @@ class Settings:
                 if re.fullmatch(r"STRIPE_WEBHOOK_SECRET(_\w+)?", name)
                 and (secrets := tuple(one.strip() for one in value.split(",") if one.strip()))
             },
+            stripe_key=environment.get("STRIPE_SECRET_KEY", cls.stripe_key).strip(),
+            stripe_api_base=_address(environment, "STRIPE_API_BASE"),
         )
 
     def secrets_of(self, endpoint: str) -> tuple[str, ...]:
         """Webhook secrets that may have signed for an endpoint: its own, or else the general ones."""
         own = re.sub(r"\W", "_", endpoint).upper()
         return self.webhook_secrets.get(own) or self.webhook_secrets.get("", ())
+
+
+def _address(environment: Mapping[str, str], name: str) -> str:
+    text = environment.get(name, "").rstrip("/")
+    if text and not re.fullmatch(r"https?://[^\s/?#@]+", text):
+        raise SettingsError(f"{name} must be an address such as http://127.0.0.1:12111, not {text!r}")
+    return text
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:

@@ -1,5 +1,151 @@
--- Requests to Stripe: SQL writes them down, a worker executes them, the answer comes back here and goes through the same
--- handlers as an event. Of one purpose and ref at most one request is open.
+-- Requests to Stripe: SQL writes them down, a worker claims and executes them outside of any transaction, and brings the answer
+-- to 71_stripe_answers. Of one purpose and ref at most one request is open, and what it may have done it never does twice: a
+-- claim is repeated under the same idempotency key, and not at all once Stripe may have forgotten that key.
+
+insert into credits.settings as s (name, value, summary) values
+  ('stripe_request_lease', '"2 minutes"', 'How long a worker may take over a request to Stripe before another one sends it again.')
+on conflict (name) do update set summary = excluded.summary;
+
+create or replace function credits.claim_stripe_requests(
+  max_rows       integer default 10,
+  worker         text    default null,
+  stripe_version text    default null
+)
+returns setof credits.claimed_stripe_request
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now     timestamptz := credits.now();
+  v_until   timestamptz := v_now + (credits._setting('stripe_request_lease') #>> '{}')::interval;
+  v_stopped boolean     := exists (select from credits.stripe_queue_stop);
+begin
+  if (claim_stripe_requests.max_rows between 1 and 1000) is not true then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
+      'max_rows is a number from 1 to 1000.');
+  end if;
+  perform credits._give_up_unknown(v_now);
+  if v_stopped then
+    update credits.stripe_queue_stop q set until = v_until where q.until <= v_now;
+    if not found then
+      return;
+    end if;
+  end if;
+  return query
+    select c.*
+      from credits._claim_due(case when v_stopped then 1 else claim_stripe_requests.max_rows end, v_now, v_until,
+                              claim_stripe_requests.worker, claim_stripe_requests.stripe_version) c;
+  if not found and v_stopped then
+    update credits.stripe_queue_stop q set until = v_now;
+  end if;
+end $$;
+comment on function credits.claim_stripe_requests(integer, text, text) is
+'Requests to Stripe that are due, for a worker to send: they are its for stripe_request_lease. Safe for many workers at once.
+
+Commit, then send each outside of any transaction, within the lease, under its idempotency_key (which only a post has) and at
+its stripe_version, and hand every outcome, also none, to complete_stripe_request with its attempt. stripe_version is what the
+worker speaks; a request keeps the one of its first worker. Requests whose worker did not come back are claimed again. Of those
+that change something about one ref the oldest goes first and the others wait for its outcome. A post whose outcome is not known
+23 hours after it was first sent becomes unknown, is never sent again, and is told as stripe_request_unknown. After a 401 nothing
+is claimed for 5 minutes, then one request, to try the key.
+Errors: 400 invalid_request.';
+
+create or replace function credits.retry_stripe_request(request_id bigint)
+returns credits.stripe_request_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_request credits.stripe_requests;
+begin
+  select r.* into v_request
+    from credits.stripe_requests r
+   where r.request_id = retry_stripe_request.request_id
+     for no key update;
+  if not found then
+    perform credits._fail(404, 'request_not_found', jsonb_build_object('request_id', retry_stripe_request.request_id));
+  elsif v_request.state not in ('failed', 'declined', 'unknown')
+        or exists (select from credits.stripe_requests l
+                    where l.purpose = v_request.purpose and l.ref = v_request.ref and l.request_id > v_request.request_id) then
+    perform credits._fail(409, 'request_not_failed',
+      jsonb_build_object('request_id', v_request.request_id, 'state', v_request.state),
+      'Only the last request of its purpose and ref can be made again, and only if it failed, was declined or is unknown.');
+  end if;
+  update credits.stripe_requests r
+     set state = 'failed', finished_at = credits.now()
+   where r.request_id = v_request.request_id and r.state = 'unknown';
+  insert into credits.stripe_requests as r (purpose, ref, account_id, method, path, params, stripe_account, created_at, run_at)
+  values (v_request.purpose, v_request.ref, v_request.account_id, v_request.method, v_request.path, v_request.params,
+          v_request.stripe_account, credits.now(), credits.now())
+  returning r.* into v_request;
+  return credits._request_result(v_request);
+end $$;
+comment on function credits.retry_stripe_request(bigint) is
+'Makes a request to Stripe again that failed, was declined or is unknown: a new one, under an idempotency key of its own.
+
+Look at Stripe first whether an unknown one was done: this does it again. It then counts as failed. Answers the new request.
+Errors: 404 request_not_found, 409 request_not_failed.';
+
+-- Of the writes about one ref the oldest is first: while it may still be sent, a later one would be undone by it.
+create or replace function credits._claim_due(
+  max_rows       integer,
+  at             timestamptz,
+  until          timestamptz,
+  worker         text,
+  stripe_version text
+)
+returns setof credits.claimed_stripe_request
+language sql
+as $$
+  with due as (
+    select r.request_id
+      from credits.stripe_requests r
+     where (r.state = 'queued' and r.run_at <= _claim_due.at or r.state = 'sent' and r.locked_until <= _claim_due.at)
+       and (r.method = 'get' or not exists (
+             select from credits.stripe_requests e
+              where e.ref = r.ref and e.request_id < r.request_id and e.method <> 'get' and e.state in ('queued', 'sent')))
+     order by r.run_at, r.request_id
+     limit _claim_due.max_rows
+       for no key update skip locked)
+  update credits.stripe_requests r
+     set state          = 'sent',
+         attempts       = r.attempts + 1,
+         worker         = _claim_due.worker,
+         stripe_version = coalesce(r.stripe_version, _claim_due.stripe_version),
+         locked_until   = _claim_due.until,
+         first_sent_at  = coalesce(r.first_sent_at, _claim_due.at),
+         last_sent_at   = _claim_due.at
+    from due d
+   where r.request_id = d.request_id
+  returning r.request_id, r.attempts, r.method, r.path, r.params, case r.method when 'post' then r.idempotency_key end,
+            r.stripe_version, r.stripe_account, r.locked_until
+$$;
+
+-- Stripe keeps an idempotency key for 24 hours at least; what is sent after that may be done twice.
+create or replace function credits._give_up_unknown(at timestamptz)
+returns void
+language plpgsql
+as $$
+declare
+  v_request credits.stripe_requests;
+begin
+  for v_request in
+    update credits.stripe_requests r
+       set state = 'unknown', locked_until = null
+      from (select o.request_id
+              from credits.stripe_requests o
+             where (o.state = 'queued' and o.run_at <= _give_up_unknown.at
+                    or o.state = 'sent' and o.locked_until <= _give_up_unknown.at)
+               and o.method = 'post' and o.first_sent_at < _give_up_unknown.at - interval '23 hours'
+               for no key update skip locked) d
+     where r.request_id = d.request_id
+    returning r.*
+  loop
+    perform credits._tell_request(v_request, 'stripe_request_unknown');
+  end loop;
+end $$;
 
 -- Asks again later rather than twice: of a request that waits only the last word counts, one that was sent stands.
 create or replace function credits._request(
@@ -69,161 +215,3 @@ as $$
      and credits._snapshot(split_part(_request_missing.waits_for, ':', 1),
                            split_part(_request_missing.waits_for, ':', 2)) is null
 $$;
-
-create or replace function credits.complete_stripe_request(
-  request_id bigint,
-  status     integer,
-  body       text,
-  headers    jsonb default null
-)
-returns credits.stripe_request_result
-language plpgsql
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_request credits.stripe_requests;
-  v_object  jsonb := credits._read_answer(complete_stripe_request.body);
-  v_verdict credits.event_verdict;
-begin
-  select r.* into v_request
-    from credits.stripe_requests r
-   where r.request_id = complete_stripe_request.request_id
-     for no key update;
-  if not found then
-    perform credits._fail(404, 'request_not_found', jsonb_build_object('request_id', complete_stripe_request.request_id));
-  elsif v_request.state in ('done', 'declined', 'failed') then
-    return credits._request_result(v_request);
-  end if;
-
-  v_request.as_of       := credits._answered_at(v_request, complete_stripe_request.headers);
-  v_request.http_status := complete_stripe_request.status;
-  if complete_stripe_request.status between 200 and 299 and v_object is not null then
-    v_verdict := credits._apply_answer(v_request, v_object);
-    v_request.state := case when v_verdict.status in ('failed', 'parked') then 'queued' else 'done' end;
-    v_request.error_type := coalesce(v_verdict.error, case v_verdict.status when 'parked' then v_verdict.reason end);
-    perform credits._request_missing(v_verdict.waits_for);
-  elsif complete_stripe_request.status = 404 and v_request.purpose = 'retrieve' then
-    v_request.state := 'done';
-  elsif complete_stripe_request.status between 400 and 499 and complete_stripe_request.status not in (401, 409, 429) then
-    v_request.state := 'failed';
-  else
-    v_request.state := 'queued';
-  end if;
-  return credits._request_result(credits._close_request(v_request, v_object, complete_stripe_request.headers));
-end $$;
-comment on function credits.complete_stripe_request(bigint, integer, text, jsonb) is
-'Takes Stripe''s answer to a request and applies what it says through the same functions as events.
-
-status is the HTTP status, null if no answer came; body the raw text; headers an object with Date and Request-Id. An answer
-that is lost, not JSON, 401, 409, 429 or 5xx, or that tells of something which cannot be applied yet, puts the request back
-in the queue, each time later, stripe_event_max_attempts times at most; other errors end it.
-Errors: 404 request_not_found.';
-
-create or replace function credits._read_answer(body text)
-returns jsonb
-language plpgsql
-immutable
-as $$
-begin
-  return nullif(credits._read_payload(_read_answer.body), '{}');
-exception when sqlstate 'PT400' then
-  return null;
-end $$;
-
--- An answer speaks for the second in which it was asked for: the server's date, less the time that the call took.
-create or replace function credits._answered_at(
-  request credits.stripe_requests,
-  headers jsonb
-)
-returns bigint
-language sql
-stable
-as $$
-  select floor(extract(epoch from
-    coalesce(credits._http_date(coalesce(_answered_at.headers ->> 'Date', _answered_at.headers ->> 'date'))
-               - coalesce(greatest(credits.now() - (_answered_at.request).last_sent_at, interval '0'), interval '0'),
-             (_answered_at.request).last_sent_at, (_answered_at.request).created_at)))::bigint
-$$;
-
--- Such as "Sat, 21 Nov 2026 08:00:00 GMT".
-create or replace function credits._http_date(value text)
-returns timestamptz
-language sql
-stable
-as $$
-  select make_timestamptz(d[3]::integer, array_position(array['Jan', 'Feb', 'Mar', 'Apr', 'May', 'Jun', 'Jul', 'Aug', 'Sep',
-                          'Oct', 'Nov', 'Dec'], d[2]), d[1]::integer, d[4]::integer, d[5]::integer, d[6]::integer, 'UTC')
-    from regexp_match(_http_date.value,
-      '^\w{3}, (\d{2}) (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) (\d{4}) (\d{2}):(\d{2}):(\d{2}) GMT$') d
-$$;
-
-create or replace function credits._close_request(
-  request credits.stripe_requests,
-  answer  jsonb,
-  headers jsonb
-)
-returns credits.stripe_requests
-language plpgsql
-as $$
-declare
-  v_request credits.stripe_requests := _close_request.request;
-begin
-  if v_request.state = 'queued' and v_request.attempts + 1 >= credits._setting('stripe_event_max_attempts')::integer then
-    v_request.state := 'failed';
-    perform credits._notify(v_request.account_id, 'stripe_request_given_up', v_request.request_id::text,
-      jsonb_build_object('request_id', v_request.request_id, 'purpose', v_request.purpose, 'ref', v_request.ref,
-                         'http_status', v_request.http_status, 'error', v_request.error_type));
-  end if;
-  update credits.stripe_requests r
-     set state          = v_request.state,
-         http_status    = v_request.http_status,
-         as_of          = v_request.as_of,
-         error_type     = coalesce(v_request.error_type, credits._error_of(_close_request.answer, 'type')),
-         error_code     = credits._error_of(_close_request.answer, 'code'),
-         response       = _close_request.answer,
-         stripe_request = coalesce(_close_request.headers ->> 'Request-Id', _close_request.headers ->> 'request-id'),
-         attempts       = r.attempts + 1,
-         locked_until   = null,
-         run_at         = case v_request.state when 'queued'
-                            then credits.now() + (array[1, 4, 15, 60, 300, 900])[least(r.attempts + 1, 6)] * interval '1 second'
-                            else r.run_at end,
-         finished_at    = case when v_request.state in ('done', 'declined', 'failed') then credits.now() end
-   where r.request_id = v_request.request_id
-  returning r.* into v_request;
-  return v_request;
-end $$;
-
-create or replace function credits._request_result(request credits.stripe_requests)
-returns credits.stripe_request_result
-language sql
-immutable
-as $$
-  select row((_request_result.request).request_id, (_request_result.request).purpose, (_request_result.request).ref,
-             (_request_result.request).state, (_request_result.request).method, (_request_result.request).path,
-             (_request_result.request).params)::credits.stripe_request_result
-$$;
-
--- The request is still open here, so a tie that its answer meets would move it back instead of asking anew; it is closed
--- first. A list may have more pages.
-create or replace function credits._apply_answer(
-  request credits.stripe_requests,
-  answer  jsonb
-)
-returns credits.event_verdict
-language plpgsql
-as $$
-declare
-  v_notice  credits.stripe_notice := credits._shape_answer(_apply_answer.request, _apply_answer.answer);
-  v_verdict credits.event_verdict;
-begin
-  if v_notice.kind is null then
-    return v_verdict;
-  end if;
-  update credits.stripe_requests r set state = 'done' where r.request_id = (_apply_answer.request).request_id;
-  v_verdict := credits._try(v_notice, false);
-  if v_verdict.status = 'applied' then
-    perform credits._apply_waiting(v_notice);
-  end if;
-  return v_verdict;
-end $$;

@@ -191,8 +191,14 @@ class Client:
     def set_stripe_endpoint(self, endpoint: str | None, **more: Any) -> Any:
         return self.row("set_stripe_endpoint", endpoint=endpoint, **more)
 
+    def claim_stripe_requests(self, max_rows: int | None = 10, worker: str | None = "test", **more: Any) -> list[Any]:
+        return self.rows("claim_stripe_requests", max_rows=max_rows, worker=worker, **more)
+
     def complete_stripe_request(self, request_id: int | None, status: int | None, body: str | None, **more: Any) -> Any:
         return self.row("complete_stripe_request", request_id=request_id, status=status, body=body, **more)
+
+    def retry_stripe_request(self, request_id: int | None) -> Any:
+        return self.row("retry_stripe_request", request_id=request_id)
 
     def get_user_subscription_state(self, user_id: str | None) -> Any:
         return self.row("get_user_subscription_state", user_id=user_id)[0]

@@ -82,7 +82,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "list_stripe_events": {"max_rows": 5},
     "archive_stripe_events": {"older_than": DAY, "max_events": 5},
     "set_stripe_endpoint": {"endpoint": "default", "mode": "shadow", "livemode": True},
+    "claim_stripe_requests": {"max_rows": 5, "worker": "one"},
     "complete_stripe_request": {"request_id": 0, "status": 200, "body": "{}"},
+    "retry_stripe_request": {"request_id": 0},
     "get_subscription_state": {"account_id": "beta"},
     "change_plan": {"account_id": "alpha", "plan": "free"},
     "cancel_plan": {"account_id": "beta"},
@@ -170,7 +172,9 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("archive_stripe_events", "max_events"): {INVALID: [None, 0, -1, 1_000_001]},
     ("set_stripe_endpoint", "endpoint"): NEW_ACCOUNT,
     ("set_stripe_endpoint", "mode"): {INVALID: [None, "", "LIVE", "test", LONG]},
+    ("claim_stripe_requests", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("complete_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("retry_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
     ("change_plan", "plan"): {(404, "plan_not_found"): [None, "", "platinum", LONG]},
     ("change_plan", "at"): {INVALID: [None, "", "later", "NOW", LONG]},
     ("cancel_plan", "at"): {INVALID: [None, "", "later", "NOW", LONG]},
@@ -218,7 +222,10 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("archive_stripe_events", "older_than"): NOT_A_TIME,
     ("archive_stripe_events", "max_events"): NOT_A_NUMBER,
     ("set_stripe_endpoint", "livemode"): NOT_A_NUMBER,
+    ("claim_stripe_requests", "max_rows"): NOT_A_NUMBER,
     ("complete_stripe_request", "request_id"): NOT_A_NUMBER,
+    ("complete_stripe_request", "attempt"): NOT_A_NUMBER,
+    ("retry_stripe_request", "request_id"): NOT_A_NUMBER,
     ("complete_stripe_request", "status"): NOT_A_NUMBER,
     ("complete_stripe_request", "headers"): NOT_A_NUMBER,
     ("add_subscription_credits", "credits"): NOT_A_NUMBER,
@@ -243,6 +250,8 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.reserve("alpha", 10, "r")
     ledger.authorize_usage("beta", "chapter", 5, usage_id="u")
     ledger.set_member("alpha", "m1")
+    refused_request = ledger.row("get_or_create_stripe_customer", user_id="beta").request_id
+    ledger.complete_stripe_request(refused_request, 400, '{"error": {}}')
     return ledger
 
 
@@ -253,6 +262,8 @@ def good(ledger: Ledger, verb: str) -> dict[str, Any]:
         arguments["grant_id"] = ledger.table("grants", "account_id = 'alpha'")[0].grant_id
     elif verb == "complete_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests")[0].request_id
+    elif verb == "retry_stripe_request":
+        arguments["request_id"] = ledger.table("stripe_requests", "state = 'failed'")[0].request_id
     return arguments
 
 
@@ -325,6 +336,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
     free = {  # any text will do, or a filter that any value only narrows
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
+        "worker", "stripe_version", "attempt", "not_sent",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}

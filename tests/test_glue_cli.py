@@ -184,6 +184,8 @@ def test_settings_are_read_and_checked() -> None:
             "STRIPE_WEBHOOK_SECRET": "whsec_a, whsec_b,",
             "STRIPE_WEBHOOK_SECRET_EU_SHOP": "whsec_eu",
             "STRIPE_WEBHOOK_SECRET_EMPTY": " ",
+            "STRIPE_SECRET_KEY": " sk_test_a ",
+            "STRIPE_API_BASE": "http://127.0.0.1:12111/",
         }
     )
     assert (read.port, read.host, read.max_body) == (9000, "127.0.0.1", 1048576)
@@ -192,6 +194,11 @@ def test_settings_are_read_and_checked() -> None:
     assert read.secrets_of("empty") == ("whsec_a", "whsec_b")
     assert "hunter2" not in repr(read)
     assert "whsec" not in repr(read)
+    assert (read.stripe_key, read.stripe_api_base) == ("sk_test_a", "http://127.0.0.1:12111")
+    assert "sk_test" not in repr(read)
+    for bad in ("127.0.0.1:12111", "http://user@host", "http://host/v1", "ftp://host"):
+        with pytest.raises(SettingsError, match="STRIPE_API_BASE must be an address"):
+            Settings.from_environment({"STRIPE_API_BASE": bad})
     for bad in ("abc", "-1", "70000", "1e3"):
         with pytest.raises(SettingsError, match="PGCREDITS_PORT must be a number from 0 to 65535"):
             Settings.from_environment({"PGCREDITS_PORT": bad})
@@ -202,3 +209,11 @@ def test_the_example_names_every_setting() -> None:
     source = (Path(migrate.__file__).parent / "settings.py").read_text()
     for name in (part.split('"')[0] for part in source.split('"PGCREDITS_')[1:]):
         assert f"PGCREDITS_{name}=" in example, name
+    for name in ("SECRET_KEY", "API_BASE", "WEBHOOK_SECRET"):
+        assert f"STRIPE_{name}=" in example, name
+
+
+def test_the_worker_needs_a_key() -> None:
+    done = pgcredits(environment(PGCREDITS_DSN="dbname=nowhere"), "stripe", "work")
+    assert done.returncode == 1
+    assert done.stderr == "pgcredits: set STRIPE_SECRET_KEY to the key of Stripe's API\n"

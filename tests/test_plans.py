@@ -14,6 +14,7 @@ from client import CreditsError
 from ledger_support import DAY, HOUR, MINUTE, NOON, SECOND, TICK, Ledger, assert_sound, committed, refused, together
 from psycopg import Connection
 from servers import Database
+from stripe_params import problems
 
 PLANS = """
   insert into credits.plans (code, name, monthly_credits, rollover, rollover_cap, stripe_price_ids) values
@@ -628,6 +629,7 @@ def subscriber(ledger: Ledger) -> Ledger:
 def wanted(ledger: Ledger) -> list[tuple[Any, ...]]:
     """What Stripe shall be asked to do, in its order."""
     rows = ledger.table("stripe_requests", "state = 'queued' and purpose <> 'retrieve' order by run_at, request_id")
+    assert [problem for row in rows for problem in problems(row.method, row.path, row.params)] == []
     return [(row.purpose, row.method, row.path, row.params) for row in rows]
 
 

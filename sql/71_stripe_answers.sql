@@ -1,0 +1,242 @@
+-- What becomes of a request to Stripe when its answer is here, or will not come. What an answer tells goes through the same
+-- handlers as an event. Answer and event may come in either order, and so may the answers of two attempts: both have one key.
+
+drop function if exists credits.complete_stripe_request(bigint, integer, text, jsonb);
+create or replace function credits.complete_stripe_request(
+  request_id bigint,
+  status     integer,
+  body       text,
+  headers    jsonb   default null,
+  attempt    integer default null,
+  not_sent   text    default null
+)
+returns credits.stripe_request_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_request credits.stripe_requests;
+  v_answer  jsonb := credits._read_answer(complete_stripe_request.body);
+  v_outcome text;
+  v_late    boolean;
+  v_verdict credits.event_verdict;
+begin
+  select r.* into v_request
+    from credits.stripe_requests r
+   where r.request_id = complete_stripe_request.request_id
+     for no key update;
+  if not found then
+    perform credits._fail(404, 'request_not_found', jsonb_build_object('request_id', complete_stripe_request.request_id));
+  end if;
+  v_late := coalesce(complete_stripe_request.attempt < v_request.attempts, false);
+  v_outcome := credits._judge_answer(v_request, complete_stripe_request.status, v_answer, complete_stripe_request.not_sent);
+  if v_request.state in ('done', 'declined', 'failed')
+     or v_outcome in ('again', 'refused') and (v_late or v_request.state = 'unknown') then
+    return credits._request_result(v_request);
+  end if;
+
+  v_request.as_of       := credits._answered_at(v_request, complete_stripe_request.headers, v_late);
+  v_request.http_status := complete_stripe_request.status;
+  v_request.error_type  := coalesce(complete_stripe_request.not_sent, credits._error_of(v_answer, 'type'));
+  perform credits._mind_the_key(v_request, v_outcome);
+  if v_outcome = 'done' and complete_stripe_request.status < 300 then
+    v_verdict := credits._apply_answer(v_request, v_answer);
+    if v_verdict.status in ('failed', 'parked') then
+      v_outcome := 'again';
+      v_request.error_type := coalesce(v_verdict.error, v_verdict.reason);
+    end if;
+    perform credits._request_missing(v_verdict.waits_for);
+  elsif v_outcome = 'declined' and v_request.purpose <> 'retrieve'
+        and jsonb_typeof(v_answer #> '{error,payment_intent}') = 'object' then
+    perform credits._apply_answer(v_request, v_answer #> '{error,payment_intent}');
+  end if;
+  return credits._request_result(credits._close_request(v_request, v_outcome, v_answer, complete_stripe_request.headers));
+end $$;
+comment on function credits.complete_stripe_request(bigint, integer, text, jsonb, integer, text) is
+'Takes Stripe''s answer to a request and applies what it says through the same functions as events.
+
+status is the HTTP status, null if no answer came; body the raw text; headers an object with Date, Request-Id and
+Idempotent-Replayed; attempt that of the claim, which tells a late answer from the one that is waited for; not_sent says why a
+request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
+stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before. 401: back in the queue, which stops,
+told as stripe_key_refused. No answer, no JSON, 409, 429, 5xx, and what cannot be applied yet: sent again under the same key after
+1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its request_id, after 429 from 15 s on. After
+stripe_event_max_attempts of them a request fails, told as stripe_request_given_up; a post goes on as claim_stripe_requests says,
+and is unknown rather than failed. An answer to what is done already changes nothing.
+Errors: 404 request_not_found.';
+
+-- In the order of this list. An answer that is no JSON does not come from Stripe, whatever its status.
+create or replace function credits._judge_answer(
+  request  credits.stripe_requests,
+  status   integer,
+  answer   jsonb,
+  not_sent text
+)
+returns text
+language sql
+immutable
+as $$
+  select case
+    when _judge_answer.not_sent is not null                               then 'failed'
+    when _judge_answer.status is null or _judge_answer.answer is null     then 'again'
+    when s between 200 and 299 and _judge_answer.answer = '{}'            then 'again'
+    when s between 200 and 299                                            then 'done'
+    when s = 401                                                          then 'refused'
+    when s = 402                                                          then 'declined'
+    when s = 404 and (_judge_answer.request).purpose = 'retrieve'         then 'done'    -- the object is gone
+    when s = 404 and (_judge_answer.request).method = 'delete'
+                 and (_judge_answer.request).attempts > 1                 then 'done'    -- by the attempt before
+    when s in (409, 429)                                                  then 'again'
+    when s between 400 and 499                                            then 'failed'
+    else                                                                       'again' end
+    from (select _judge_answer.status) x (s)
+$$;
+
+-- 401 says that the key is wrong, not the request: all of them wait, and one tries it from time to time. The first other answer
+-- to a request that was sent after the stop ends it.
+create or replace function credits._mind_the_key(
+  request credits.stripe_requests,
+  outcome text
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_request credits.stripe_requests := _mind_the_key.request;
+  v_now     timestamptz := credits.now();
+begin
+  if _mind_the_key.outcome = 'refused' then
+    insert into credits.stripe_queue_stop as q (stopped_at, until, request_id)
+    values (v_now, v_now + interval '5 minutes', v_request.request_id)
+    on conflict on constraint stripe_queue_stop_pkey do update set until = excluded.until, request_id = excluded.request_id
+      where q.stopped_at <= v_request.last_sent_at;
+    perform credits._notify(null, 'stripe_key_refused', extract(epoch from q.stopped_at)::text,
+                            jsonb_build_object('request_id', q.request_id, 'since', q.stopped_at))
+       from credits.stripe_queue_stop q;
+  elsif v_request.http_status is not null then
+    delete from credits.stripe_queue_stop q where q.stopped_at <= v_request.last_sent_at;
+  end if;
+end $$;
+
+create or replace function credits._close_request(
+  request credits.stripe_requests,
+  outcome text,
+  answer  jsonb,
+  headers jsonb
+)
+returns credits.stripe_requests
+language plpgsql
+as $$
+declare
+  v_request  credits.stripe_requests := _close_request.request;
+  -- A claim has counted the attempt already; one that only found the key refused was none.
+  v_attempts integer := v_request.attempts + case when v_request.state = 'sent' then 0 else 1 end
+                                           - case when _close_request.outcome = 'refused' then 1 else 0 end;
+  v_state    text := credits._state_after(v_request, _close_request.outcome, v_attempts);
+begin
+  update credits.stripe_requests r
+     set state          = v_state,
+         http_status    = v_request.http_status,
+         as_of          = v_request.as_of,
+         error_type     = v_request.error_type,
+         error_code     = credits._error_of(_close_request.answer, 'code'),
+         decline_code   = credits._error_of(_close_request.answer, 'decline_code'),
+         advice_code    = credits._error_of(_close_request.answer, 'advice_code'),
+         response       = credits._without_secrets(_close_request.answer),
+         stripe_request = credits._header(_close_request.headers, 'Request-Id'),
+         attempts       = v_attempts,
+         first_sent_at  = case when v_attempts > 0 then r.first_sent_at end,
+         locked_until   = null,
+         run_at         = case when v_state <> 'queued' then r.run_at
+                               else credits.now() + credits._wait_before(v_request, v_attempts) end,
+         finished_at    = case when v_state in ('done', 'declined', 'failed') then credits.now() end
+   where r.request_id = v_request.request_id
+  returning r.* into v_request;
+  perform credits._tell_request(v_request, case
+      when v_state = 'unknown'                                        then 'stripe_request_unknown'
+      when _close_request.outcome = 'again'                           then 'stripe_request_given_up'
+      else                                                                 'stripe_request_failed' end)
+    where v_state in ('failed', 'unknown');
+  return v_request;
+end $$;
+
+-- A post is given up only when Stripe has done it and we cannot make use of it: what it did stays unknown, and in the way of
+-- another one, until somebody has looked.
+create or replace function credits._state_after(
+  request  credits.stripe_requests,
+  outcome  text,
+  attempts integer
+)
+returns text
+language sql
+stable
+as $$
+  select case
+    when _state_after.outcome = 'refused'                                                        then 'queued'
+    when _state_after.outcome <> 'again'                                                         then _state_after.outcome
+    when _state_after.attempts < credits._setting('stripe_event_max_attempts')::integer           then 'queued'
+    when (_state_after.request).method <> 'post'                                                 then 'failed'
+    when (_state_after.request).http_status between 200 and 299                                  then 'unknown'
+    else                                                                                              'queued' end
+$$;
+
+create or replace function credits._wait_before(
+  request  credits.stripe_requests,
+  attempts integer
+)
+returns interval
+language sql
+immutable
+as $$
+  select (array[1, 4, 15, 60, 300, 900])[least(greatest(_wait_before.attempts, 1)
+             + case when (_wait_before.request).http_status = 429 then 2 else 0 end, 6)]
+         * (100 + (_wait_before.request).request_id % 21) / 100.0 * interval '1 second'
+$$;
+
+create or replace function credits._tell_request(
+  request credits.stripe_requests,
+  type    text
+)
+returns void
+language sql
+as $$
+  select credits._notify(r.account_id, _tell_request.type, r.request_id::text, jsonb_build_object(
+           'request_id', r.request_id, 'purpose', r.purpose, 'ref', r.ref, 'http_status', r.http_status,
+           'error', r.error_type, 'code', r.error_code))
+    from (select (_tell_request.request).*) r
+$$;
+
+create or replace function credits._request_result(request credits.stripe_requests)
+returns credits.stripe_request_result
+language sql
+immutable
+as $$
+  select row((_request_result.request).request_id, (_request_result.request).purpose, (_request_result.request).ref,
+             (_request_result.request).state, (_request_result.request).method, (_request_result.request).path,
+             (_request_result.request).params)::credits.stripe_request_result
+$$;
+
+-- The request is still open here, so a tie that its answer meets would move it back instead of asking anew; it is closed
+-- first. A list may have more pages.
+create or replace function credits._apply_answer(
+  request credits.stripe_requests,
+  answer  jsonb
+)
+returns credits.event_verdict
+language plpgsql
+as $$
+declare
+  v_notice  credits.stripe_notice := credits._shape_answer(_apply_answer.request, _apply_answer.answer);
+  v_verdict credits.event_verdict;
+begin
+  if v_notice.kind is null then
+    return v_verdict;
+  end if;
+  update credits.stripe_requests r set state = 'done' where r.request_id = (_apply_answer.request).request_id;
+  v_verdict := credits._try(v_notice, false);
+  if v_verdict.status = 'applied' then
+    perform credits._apply_waiting(v_notice);
+  end if;
+  return v_verdict;
+end $$;

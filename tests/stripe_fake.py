@@ -1,0 +1,247 @@
+"""Stripe's API as a server of our own: its idempotency, counted effects, and faults by script."""
+
+import asyncio
+import itertools
+import json
+import re
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qsl
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+KEY = "sk_test_of_the_tests"
+HTML = "<html><body>Bad gateway</body></html>"
+# Path, kind of object, prefix of its id, and what a new one holds besides its parameters.
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "customers": ("customer", "cus", {"email": None}),
+    "products": ("product", "prod", {"active": True}),
+    "prices": ("price", "price", {"active": True, "type": "one_time"}),
+    "checkout/sessions": ("checkout.session", "cs_test", {"status": "open", "payment_status": "unpaid"}),
+    "billing_portal/sessions": ("billing_portal.session", "bps", {}),
+    "payment_intents": ("payment_intent", "pi", {"status": "requires_confirmation", "client_secret": "pi_secret"}),
+    "refunds": ("refund", "re", {"status": "succeeded", "currency": "usd"}),
+    "subscriptions": ("subscription", "sub", {"status": "active", "cancel_at_period_end": False}),
+}
+WHOLE = {"amount", "unit_amount", "quantity", "limit", "expires_at", "trial_end", "start_date", "end_date"}
+
+
+@dataclass
+class Call:
+    """A request as it came."""
+
+    method: str
+    path: str
+    params: dict[str, Any]
+    key: str | None
+    version: str | None
+    account: str | None
+    fault: str | None = None
+
+
+@dataclass
+class Kept:
+    """The first result of an idempotency key."""
+
+    call: Call
+    status: int
+    body: dict[str, Any]
+
+
+class Cut(Response):
+    """An answer that breaks off."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1000")]})
+        await send({"type": "http.response.body", "body": b'{"id": ', "more_body": True})
+        raise ConnectionAbortedError("the answer breaks off, as the script says")
+
+
+@dataclass
+class StripeFake:
+    """The server, while the block lasts. Its attributes are looked at and changed by the test at any time."""
+
+    latency: Callable[[], float] = lambda: 0.0  # seconds before each effect, during which its key is in use
+    hang: float = 5.0  # seconds of an answer that comes too late
+    calls: list[Call] = field(default_factory=list)
+    effects: Counter[str] = field(default_factory=Counter)  # how often each idempotency key had its effect
+    objects: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fault: Callable[[], str | None] | None = None  # asked once for each request; script() goes first
+
+    def __post_init__(self) -> None:
+        self._script: deque[str | None] = deque()
+        self._kept: dict[str, Kept] = {}
+        self._in_use: set[str] = set()
+        self._numbers = itertools.count(1)
+
+    def script(self, *faults: str | None) -> None:
+        """What happens to the next requests, one after the other; None is nothing. Then all goes well."""
+        assert FAULTS.issuperset({*faults} - {None})
+        self._script.extend(faults)
+
+    def __enter__(self) -> Self:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        app = Starlette(routes=[Route("/{path:path}", self._serve, methods=["GET", "POST", "DELETE"])])
+        config = uvicorn.Config(app, log_config=None, log_level="critical", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]})
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._listener.close()
+
+    async def _serve(self, request: Request) -> Response:
+        headers = request.headers
+        body = (await request.body()).decode() if request.method == "POST" else request.url.query
+        fault = self._script.popleft() if self._script else self.fault() if self.fault else None
+        key = headers.get("idempotency-key") if request.method == "POST" else None
+        call = Call(
+            request.method, request.url.path, nested(body), key, headers.get("stripe-version"),
+            headers.get("stripe-account"), fault,
+        )  # fmt: skip
+        self.calls.append(call)
+        if headers.get("authorization") != f"Bearer {KEY}":
+            call.fault = fault = "401"
+        elif key in self._in_use:
+            call.fault = fault = "409"
+        if fault in BEFORE:
+            return BEFORE[fault]()
+        status, said, replayed = await self._once(call)
+        await asyncio.sleep(self.hang if fault == "hang after" else 0.3 if fault == "slow" else 0)
+        if fault in AFTER:
+            return AFTER[fault]()
+        answer = JSONResponse(
+            said, status, {"Request-Id": f"req_{next(self._numbers)}", "Date": formatdate(usegmt=True)}
+        )
+        if replayed:
+            answer.headers["Idempotent-Replayed"] = "true"
+        return answer
+
+    async def _once(self, call: Call) -> tuple[int, dict[str, Any], bool]:
+        """Status and body of a request, executed once per idempotency key; and whether that was before."""
+        if call.key and (kept := self._kept.get(call.key)):
+            if (kept.call.path, kept.call.params) != (call.path, call.params):
+                return 400, {"error": {"type": "idempotency_error"}}, False
+            return kept.status, kept.body, True
+        if call.key:
+            self._in_use.add(call.key)
+        await asyncio.sleep(self.latency())
+        status, said = self._execute(call)
+        if call.key:
+            self._in_use.discard(call.key)
+            if status not in (400, 404):  # what is not valid is not kept
+                self.effects[call.key] += 1
+                self._kept[call.key] = Kept(call, status, said)
+        return status, said, False
+
+    def _execute(self, call: Call) -> tuple[int, dict[str, Any]]:
+        found = re.fullmatch(rf"/v1/({'|'.join(KINDS)})(?:/(\w+))?", call.path)
+        if wrong := invalid(call.params):
+            return error(400, "invalid_request_error", code="parameter_invalid_integer", param=wrong)
+        if not found:
+            return error(404, "invalid_request_error", message="Unrecognized request URL")
+        if call.fault in ("402", "500 kept"):
+            intent = {"id": "pi_declined", "object": "payment_intent", "status": "requires_payment_method"}
+            declined = error(402, "card_error", code="card_declined", payment_intent=intent)
+            return declined if call.fault == "402" else error(500, "api_error")
+        kind, prefix, new = KINDS[found[1]]
+        about: str = found[2] or (self._new(kind, prefix, new) if call.method == "POST" else "")
+        if not about:
+            listed = [one for one in self.objects.values() if one["object"] == kind]
+            return 200, {"object": "list", "url": call.path, "has_more": False, "data": listed}
+        if about not in self.objects:
+            return error(404, "invalid_request_error", code="resource_missing")
+        known = self.objects[about]
+        if call.method == "DELETE":
+            known.update({"status": "canceled"} if kind == "subscription" else {"deleted": True})
+        elif call.method == "POST":
+            known.update(typed(call.params))
+            if kind == "payment_intent" and "confirm" in call.params:
+                known["status"] = "succeeded"
+        return 200, dict(known)
+
+    def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
+        about = f"{prefix}_{next(self._numbers)}"
+        self.objects[about] = {
+            "id": about, "object": kind, "created": int(time.time()), "livemode": False, "metadata": {}, **new,
+            **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),
+        }  # fmt: skip
+        return about
+
+
+def error(status: int, kind: str, **more: Any) -> tuple[int, dict[str, Any]]:
+    """An error as Stripe words it."""
+    return status, {"error": {"type": kind, **more}}
+
+
+def refusal(status: int, kind: str, **more: str) -> Callable[[], Response]:
+    """The same as an answer."""
+    _, body = error(status, kind, **more)
+    return lambda: JSONResponse(body, status, {"Request-Id": "req_refused"})
+
+
+# Faults that come instead of the effect, and those that come after it. Others: hang after, slow, and the results that
+# are kept under the key, 402 and "500 kept".
+BEFORE: dict[str | None, Callable[[], Response]] = {
+    "401": refusal(401, "invalid_request_error", message="Invalid API Key provided"),
+    "409": refusal(409, "idempotency_error", code="idempotency_key_in_use"),
+    "429": refusal(429, "rate_limit_error", code="rate_limit"),
+    "500": refusal(500, "api_error"),
+    "503 html": lambda: HTMLResponse(HTML, 503),
+    "cut before": Cut,
+}
+AFTER: dict[str | None, Callable[[], Response]] = {"no json": lambda: HTMLResponse(HTML, 200), "cut after": Cut}
+FAULTS = {*BEFORE, *AFTER, "hang after", "slow", "402", "500 kept"}
+
+
+def nested(form: str) -> dict[str, Any]:
+    """a[b][0][c]=v as dicts and lists; values are text."""
+    root: dict[str, Any] = {}
+    for name, value in parse_qsl(form, keep_blank_values=True):
+        first, *rest = [part.rstrip("]") for part in name.split("[")]
+        at = root
+        for here, _ in itertools.pairwise([first, *rest]):
+            at = at.setdefault(here, {})
+        at[[first, *rest][-1]] = value
+    listed: dict[str, Any] = json.loads(json.dumps(root), object_hook=as_list)
+    return listed
+
+
+def as_list(found: dict[str, Any]) -> Any:
+    """A dict whose keys are 0, 1, 2, … is a list."""
+    return list(found.values()) if found and list(found) == [str(n) for n in range(len(found))] else found
+
+
+def invalid(params: Any) -> str | None:
+    """The parameter that should be a whole number and is none."""
+    for name, value in params.items() if isinstance(params, dict) else enumerate(params):
+        if name in WHOLE and not re.fullmatch(r"-?\d+", str(value)):
+            return str(name)
+        if isinstance(value, dict | list) and (inner := invalid(value)):
+            return inner
+    return None
+
+
+def typed(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as the object shows them."""
+    words = {"true": True, "false": False}
+    return {
+        name: int(value) if name in WHOLE else words.get(value, value) if isinstance(value, str) else value
+        for name, value in params.items()
+    }
