@@ -236,3 +236,12 @@ class Client:
 
     def get_or_create_stripe_customer(self, user_id: str | None, **more: Any) -> Any:
         return self.row("get_or_create_stripe_customer", user_id=user_id, **more)
+
+    def create_checkout(self, account_id: str | None, **more: Any) -> Any:
+        return self.row("create_checkout", account_id=account_id, **more)
+
+    def get_checkout(self, account_id: str | None, key: str | None) -> Any:
+        return self.row("get_checkout", account_id=account_id, key=key)
+
+    def create_portal_session(self, account_id: str | None, return_url: str | None, **more: Any) -> Any:
+        return self.row("create_portal_session", account_id=account_id, return_url=return_url, **more)

@@ -39,6 +39,15 @@ TTL: Wrong = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), tim
 USES = ("quote", "check_access", "authorize_usage")
 NO_CAPABILITY: Wrong = {(404, "capability_not_found"): [None, "", "dance", LONG]}
 COUNTS: Wrong = {INVALID: [Jsonb(value) for value in ({"words": 1}, [], 1, "words", {"words": "1"})]}  # beside units
+ADDRESS: Wrong = {
+    INVALID: [
+        None, "", "localhost", "//localhost", "javascript:alert(1)", "ftp://localhost", "http://", "http:localhost",
+        "http://user@localhost", "http://localhost:3000@example.com", "http://localhost\\@example.com",
+        "http://local host", "http://localhost/a b", "http://localhost/\n", "http://localhost/../a", "http://localhost/%2E./a", LONG,
+        "http://localhost/" + LONG,
+    ],
+    (400, "redirect_not_allowed"): ["https://localhost", "http://example.com", "http://localhost.example.com"],
+}  # fmt: skip
 
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
@@ -91,6 +100,9 @@ GOOD: dict[str, dict[str, Any]] = {
         "customer_id": "cus_2", "invoice_id": "in_1", "subscription_id": "sub_2", "credits": 5,
     },
     "get_or_create_stripe_customer": {"user_id": "beta"},
+    "create_checkout": {"account_id": "alpha", "package": "starter", "success_url": "http://localhost", "key": "k"},
+    "get_checkout": {"account_id": "alpha", "key": "checkout"},
+    "create_portal_session": {"account_id": "alpha", "return_url": "http://localhost", "key": "k"},
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
@@ -183,6 +195,28 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("add_subscription_credits", "subscription_id"): KEY,
     ("add_subscription_credits", "credits"): AMOUNT,
     ("get_cache_cleanup_history", "n"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
+    ("create_checkout", "package"): {
+        INVALID: [None],
+        (404, "package_not_found"): ["", "gold", "Starter", LONG],
+    },
+    ("create_checkout", "plan"): {INVALID: ["", "team", LONG]},  # beside a package
+    ("create_checkout", "price_id"): {INVALID: ["", "price_1", LONG]},  # likewise
+    ("create_checkout", "quantity"): {INVALID: [None, 0, -1, 1_000_000, 2**31 - 1]},
+    ("create_checkout", "metadata"): {
+        INVALID: [
+            *METADATA[INVALID],
+            *(
+                Jsonb(bad)
+                for bad in ({"a": 1}, {"a": None}, {"": "a"}, {"k" * 41: "a"}, {"a": "v" * 501}, {"a[b]": "c"})
+            ),
+            *(Jsonb({name: "mine"}) for name in ("account_id", "package", "checkout_id")),
+            Jsonb({str(n): "a" for n in range(41)}),
+        ]
+    },
+    ("create_checkout", "success_url"): ADDRESS,
+    ("create_checkout", "cancel_url"): {**ADDRESS, INVALID: ADDRESS[INVALID][1:]},
+    ("create_portal_session", "return_url"): ADDRESS,
+    ("get_checkout", "key"): {INVALID: KEY[INVALID], (404, "checkout_not_found"): ["unknown", "Checkout"]},
     ("set_time_zone", "time_zone"): {INVALID: [None, "", "Mars/Olympus", "europe/berlin", "+02:00", LONG]},
 }
 
@@ -224,6 +258,10 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("add_subscription_credits", "credits"): NOT_A_NUMBER,
     ("use_credits_validated", "metadata"): NOT_A_NUMBER,
     ("get_cache_cleanup_history", "n"): NOT_A_NUMBER,
+    ("create_checkout", "quantity"): NOT_A_NUMBER,
+    ("create_checkout", "save_card"): NOT_A_NUMBER,
+    ("create_checkout", "allow_promotion_codes"): NOT_A_NUMBER,
+    ("create_checkout", "metadata"): NOT_A_NUMBER,
 }
 
 LOST = """{"id": "evt_0", "type": "customer.subscription.updated", "created": 1893456000, "data": {"object": {
@@ -243,6 +281,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.reserve("alpha", 10, "r")
     ledger.authorize_usage("beta", "chapter", 5, usage_id="u")
     ledger.set_member("alpha", "m1")
+    ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
     return ledger
 
 
@@ -325,6 +364,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
     free = {  # any text will do, or a filter that any value only narrows
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
+        "save_card", "allow_promotion_codes",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
