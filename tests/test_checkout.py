@@ -178,6 +178,15 @@ def test_what_is_not_for_sale_is_not_found(ledger: Ledger) -> None:
             check_out(ledger, plan="team", price_id="price_other")
 
 
+def test_a_frozen_account_may_buy_and_a_closed_one_may_not(ledger: Ledger) -> None:
+    ledger.freeze_account("alpha")
+    assert check_out(ledger).state == "queued"
+    ledger.set_status("closed", "alpha")
+    assert check_out(ledger).replayed is True
+    with ledger.unchanged(), refused(423, "account_closed"):
+        check_out(ledger, key="another")
+
+
 def test_whoever_has_a_subscription_at_stripe_changes_it(ledger: Ledger) -> None:
     shown = {"id": "sub_1", "object": "subscription", "customer": "cus_1", "metadata": {"account_id": "alpha"}}
     ledger.tell("customer.subscription.created", {**shown, "status": "incomplete"})
