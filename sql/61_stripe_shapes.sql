@@ -238,8 +238,29 @@ as $$
              case when o #> '{metadata,quantity}' is null then 1
                   when o #>> '{metadata,quantity}' ~ '^[1-9][0-9]{0,5}$' then (o #>> '{metadata,quantity}')::integer end,
              credits._ref(o -> 'payment_intent'), credits._ref(o -> 'customer'),
-             credits._ref(o -> 'subscription'))::credits.session_shape
+             credits._ref(o -> 'subscription'),
+             nullif(o #>> '{metadata,checkout_id}', ''), nullif(o ->> 'url', ''), credits._moment(o -> 'expires_at'),
+             coalesce(credits._whole(o #> '{total_details,amount_discount}'), 0),
+             coalesce(credits._whole(o #> '{total_details,amount_tax}'), 0),
+             credits._discounts_of(o, 'coupon'), credits._discounts_of(o, 'promotion_code'))::credits.session_shape
     from (select _shape_session.object) x (o)
+$$;
+
+-- Ids of the coupons or promotion codes of a session: beside it, and where they were expanded, inside its totals.
+create or replace function credits._discounts_of(
+  session jsonb,
+  field   text
+)
+returns text[]
+language sql
+immutable
+as $$
+  select coalesce(array_agg(distinct r.id order by r.id) filter (where r.id is not null), '{}')
+    from (select e from credits._elements(_discounts_of.session -> 'discounts') e
+          union all
+          select e -> 'discount' from credits._elements(_discounts_of.session #> '{total_details,breakdown,discounts}') e) d (e),
+         lateral (select coalesce(credits._ref(d.e #> array['source', _discounts_of.field]),
+                                  credits._ref(d.e -> _discounts_of.field))) r (id)
 $$;
 
 -- What a session sells, where we did not say so ourselves: its one line.
@@ -434,7 +455,8 @@ language sql
 immutable
 as $$
   select row(o ->> 'id', credits._ref(o -> 'charge'), credits._ref(o -> 'payment_intent'), credits._whole(o -> 'amount'),
-             lower(o ->> 'currency'), o ->> 'status')::credits.refund_shape
+             lower(o ->> 'currency'), o ->> 'status',
+             nullif(o #>> '{metadata,refund_request_id}', ''))::credits.refund_shape
     from (select _shape_refund.object) x (o)
 $$;
 

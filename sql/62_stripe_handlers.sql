@@ -8,6 +8,7 @@ with listed (event_type, handler) as (values
   ('checkout.session.async_payment_failed',       '_on_checkout_session'),
   ('checkout.session.expired',                    '_on_checkout_session'),
   ('object.checkout.session',                     '_on_checkout_session'),
+  ('object.billing_portal.session',               '_on_portal_session'),
   ('invoice.created',                             '_on_invoice'),
   ('invoice.updated',                             '_on_invoice'),
   ('invoice.finalized',                           '_on_invoice'),
@@ -94,6 +95,7 @@ with listed (event_type, handler) as (values
     from listed l
     join (values
       ('_on_checkout_session', 'Grants a package that is paid, binds the customer, closes a purchase that failed or expired.'),
+      ('_on_portal_session',   'Keeps where the customer goes.'),
       ('_on_invoice',          'Mirrors the invoice; grants by its lines once it is paid.'),
       ('_on_invoice_payment',  'Remembers which payment paid which invoice.'),
       ('_on_subscription',     'Mirrors the subscription and moves its state. Grants nothing by itself.'),

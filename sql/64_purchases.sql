@@ -14,6 +14,9 @@ begin
   elsif v_session.mode is distinct from 'payment' and v_session.mode is distinct from 'subscription'
         and v_session.mode is distinct from 'setup' then
     return credits._ignored('mode_not_handled');
+  elsif v_session.status = 'open' then  -- nobody has paid: the answer to create_checkout()
+    perform credits._note_checkout(v_session);
+    return credits._applied();
   elsif v_session.mode = 'payment' and exists (select from credits.stripe_facts f
                                                 where f.kind = 'checkout_session' and f.ref = v_session.session_id) then
     return credits._applied(null, 'granted_before');
@@ -21,6 +24,7 @@ begin
 
   v_account_id := credits._account_of(_on_checkout_session.notice);
   if v_session.mode <> 'payment' then  -- the invoice of a subscription grants, the session binds
+    perform credits._note_checkout(v_session, v_account_id);
     return credits._applied();
   end if;
   return credits._applied(credits._purchase(v_session, v_account_id,
@@ -38,15 +42,18 @@ as $$
 declare
   v_session credits.session_shape := _purchase.session;
   v_package credits.packages := credits._package_of_session(v_session);
+  v_ours    credits.purchases := credits._purchase_of_checkout(v_session, _purchase.account_id);
 begin
   v_session.quantity := credits._quantity_of_session(v_session);
   if v_session.quantity is null then
     perform credits._park('quantity_unknown');
-  elsif v_session.amount_total is null or v_session.currency is distinct from v_package.currency
-        or v_session.amount_before is distinct from v_package.price * v_session.quantity then
+  elsif v_session.amount_total is null
+        or v_session.currency is distinct from coalesce(v_ours.currency, v_package.currency)
+        or v_session.amount_before is distinct from coalesce(v_ours.amount_subtotal, v_package.price * v_session.quantity) then
     perform credits._park('amount_unknown', null, jsonb_build_object(
       'amount', v_session.amount_before, 'currency', v_session.currency,
-      'expected', v_package.price * v_session.quantity, 'expected_currency', v_package.currency));
+      'expected', coalesce(v_ours.amount_subtotal, v_package.price * v_session.quantity),
+      'expected_currency', coalesce(v_ours.currency, v_package.currency)));
   end if;
 
   if v_session.payment_status in ('paid', 'no_payment_required') then
@@ -97,7 +104,8 @@ as $$
                      where i.quantity between 1 and 999999) end
 $$;
 
--- A purchase goes on, never back: what failed or expired after all may still be paid, but waits no more.
+-- A purchase goes on, never back: what failed or expired after all may still be paid, but waits no more. One that
+-- create_checkout() wrote is met by its session here, whether the answer came or not.
 create or replace function credits._record_purchase(
   session    credits.session_shape,
   account_id text,
@@ -112,16 +120,24 @@ declare
   v_purchase credits.purchases;
 begin
   perform credits._lock_account(_record_purchase.account_id);
+  perform credits._note_checkout(v_session, _record_purchase.account_id);
   insert into credits.purchases as p (account_id, package, quantity, credits, amount, currency, status, livemode,
-    stripe_session_id, stripe_payment_intent_id, stripe_customer_id, created_at)
+    stripe_session_id, stripe_payment_intent_id, stripe_customer_id, created_at, amount_subtotal, amount_discount,
+    amount_tax, coupons, promotion_codes)
   values (_record_purchase.account_id, (_record_purchase.package).code, v_session.quantity,
     (_record_purchase.package).credits * v_session.quantity, v_session.amount_total, v_session.currency,
     _record_purchase.status, coalesce(v_session.livemode, false), v_session.session_id, v_session.payment_intent_id,
-    v_session.customer_id, credits.now())
+    v_session.customer_id, credits.now(), v_session.amount_before, v_session.amount_discount, v_session.amount_tax,
+    v_session.coupons, v_session.promotion_codes)
   on conflict on constraint purchases_one_per_session do update
     set stripe_payment_intent_id = coalesce(excluded.stripe_payment_intent_id, p.stripe_payment_intent_id),
         stripe_customer_id       = coalesce(excluded.stripe_customer_id, p.stripe_customer_id),
         amount                   = excluded.amount,
+        amount_discount          = excluded.amount_discount,
+        amount_tax               = excluded.amount_tax,
+        coupons                  = excluded.coupons,
+        promotion_codes          = excluded.promotion_codes,
+        livemode                 = excluded.livemode,
         status = case when p.status in ('pending', 'processing') then excluded.status else p.status end
   returning p.* into v_purchase;
   return v_purchase;

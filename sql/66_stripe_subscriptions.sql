@@ -1,5 +1,37 @@
 -- Subscriptions of Stripe: mirrored, and their state advanced. They never grant credits: paid invoices do.
 
+insert into credits.settings as s (name, value, summary) values
+  ('subscription_refresh_wait', '"10 seconds"', 'How long refresh_subscription() takes the last answer of Stripe for good.')
+on conflict (name) do update set summary = excluded.summary;
+
+create or replace function credits.refresh_subscription(account_id text)
+returns credits.subscription_state_result
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_account_id text := (credits._account(refresh_subscription.account_id)).account_id;
+  v_sub        credits.subscriptions := credits._own_subscription(v_account_id);
+begin
+  if v_sub.source is distinct from 'stripe' then
+    perform credits._fail(404, 'subscription_not_found', jsonb_build_object('account_id', v_account_id),
+      'The account has no subscription at Stripe that lives.');
+  end if;
+  perform credits._ask_anew(v_sub.subscription_id)
+    where not exists (
+      select from credits.stripe_objects o
+       where o.kind = 'subscription' and o.object_id = v_sub.subscription_id and o.seen_by = 'object.subscription'
+         and to_timestamp(o.as_of) > credits.now() - (credits._setting('subscription_refresh_wait') #>> '{}')::interval);
+  return credits.get_subscription_state(v_account_id);
+end $$;
+comment on function credits.refresh_subscription(text) is
+'Asks Stripe anew for the subscription of an account, and answers with its state as it is known now.
+
+The answer moves the state when it comes. Calls at the same time share one request, and an answer that is not older than the
+setting subscription_refresh_wait is not asked for again.
+Errors: 400 invalid_request, 404 account_not_found, subscription_not_found.';
+
 create or replace function credits._on_subscription(notice credits.stripe_notice)
 returns credits.handler_result
 language plpgsql

@@ -29,8 +29,10 @@ declare
   v_refund  credits.refund_shape := credits._shape_refund((_on_refund.notice).object);
   v_payment text := credits._payment_of_charge(v_refund.charge_id, v_refund.payment_intent_id);
   v_current boolean := credits._mirror(_on_refund.notice, coalesce(v_refund.charge_id, v_refund.payment_intent_id));
+  v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
-  return credits._applied(credits._payment_changed(v_payment, true), case when not v_current then 'superseded' end);
+  perform credits._note_refund(v_refund);
+  return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
 create or replace function credits._on_dispute(notice credits.stripe_notice)

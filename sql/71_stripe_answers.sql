@@ -158,6 +158,7 @@ begin
       when _close_request.outcome = 'again'                           then 'stripe_request_given_up'
       else                                                                 'stripe_request_failed' end)
     where v_state in ('failed', 'unknown');
+  perform credits._fail_purchase(v_request) where v_state in ('failed', 'declined') and v_request.purpose = 'checkout';
   return v_request;
 end $$;
 

@@ -242,3 +242,24 @@ class Client:
 
     def get_or_create_stripe_customer(self, user_id: str | None, **more: Any) -> Any:
         return self.row("get_or_create_stripe_customer", user_id=user_id, **more)
+
+    def create_checkout(self, account_id: str | None, **more: Any) -> Any:
+        return self.row("create_checkout", account_id=account_id, **more)
+
+    def get_checkout(self, account_id: str | None, key: str | None) -> Any:
+        return self.row("get_checkout", account_id=account_id, key=key)
+
+    def request_refund(self, account_id: str | None, purchase_id: int | None, **more: Any) -> Any:
+        return self.row("request_refund", account_id=account_id, purchase_id=purchase_id, **more)
+
+    def list_purchases(self, **more: Any) -> list[Any]:
+        return self.rows("list_purchases", **more)
+
+    def purchase_totals(self, **more: Any) -> list[Any]:
+        return self.rows("purchase_totals", **more)
+
+    def refresh_subscription(self, account_id: str | None) -> Any:
+        return self.row("refresh_subscription", account_id=account_id)
+
+    def create_portal_session(self, account_id: str | None, return_url: str | None, **more: Any) -> Any:
+        return self.row("create_portal_session", account_id=account_id, return_url=return_url, **more)

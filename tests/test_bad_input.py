@@ -6,7 +6,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from ledger_support import DAY, NOON, Ledger, refused
+from ledger_support import DAY, NOON, Ledger, refused, session
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
@@ -41,6 +41,15 @@ NO_CAPABILITY: Wrong = {(404, "capability_not_found"): [None, "", "dance", LONG]
 MISCOUNTED: list[Any] = [{"words": 1}, [], 1, "words", {"words": "1"}]
 COUNTS: Wrong = {INVALID: [Jsonb(value) for value in MISCOUNTED]}  # beside units
 NO_CATALOG: list[Any] = [None, [], 1, "plans", {"plan": {}}]
+ADDRESS: Wrong = {
+    INVALID: [
+        None, "", "localhost", "//localhost", "javascript:alert(1)", "ftp://localhost", "http://", "http:localhost",
+        "http://user@localhost", "http://localhost:3000@example.com", "http://localhost\\@example.com",
+        "http://local host", "http://localhost/a b", "http://localhost/\n", "http://localhost/../a",
+        "http://localhost/%2E./a", LONG, "http://localhost/" + LONG,
+    ],
+    (400, "redirect_not_allowed"): ["https://localhost", "http://example.com", "http://localhost.example.com"],
+}  # fmt: skip
 
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
@@ -95,6 +104,13 @@ GOOD: dict[str, dict[str, Any]] = {
         "customer_id": "cus_2", "invoice_id": "in_1", "subscription_id": "sub_2", "credits": 5,
     },
     "get_or_create_stripe_customer": {"user_id": "beta"},
+    "create_checkout": {"account_id": "alpha", "package": "starter", "success_url": "http://localhost", "key": "k"},
+    "get_checkout": {"account_id": "alpha", "key": "checkout"},
+    "create_portal_session": {"account_id": "alpha", "return_url": "http://localhost", "key": "k"},
+    "request_refund": {"account_id": "gamma", "purchase_id": 0, "amount": 5, "key": "k"},
+    "list_purchases": {"account_id": "alpha", "max_rows": 5},
+    "purchase_totals": {"group_by": "package"},
+    "refresh_subscription": {"account_id": "gamma"},
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
@@ -187,6 +203,36 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("add_subscription_credits", "subscription_id"): KEY,
     ("add_subscription_credits", "credits"): AMOUNT,
     ("get_cache_cleanup_history", "n"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
+    ("create_checkout", "package"): {
+        INVALID: [None],
+        (404, "package_not_found"): ["", "gold", "Starter", LONG],
+    },
+    ("create_checkout", "plan"): {INVALID: ["", "team", LONG]},  # beside a package
+    ("create_checkout", "price_id"): {INVALID: ["", "price_1", LONG]},  # likewise
+    ("create_checkout", "quantity"): {INVALID: [None, 0, -1, 1_000_000, 2**31 - 1]},
+    ("create_checkout", "metadata"): {
+        INVALID: [
+            *METADATA[INVALID],
+            *(
+                Jsonb(bad)
+                for bad in ({"a": 1}, {"a": None}, {"": "a"}, {"k" * 41: "a"}, {"a": "v" * 501}, {"a[b]": "c"})
+            ),
+            *(Jsonb({name: "mine"}) for name in ("account_id", "package", "checkout_id")),
+            Jsonb({str(n): "a" for n in range(41)}),
+        ]
+    },
+    ("create_checkout", "success_url"): ADDRESS,
+    ("create_checkout", "cancel_url"): {**ADDRESS, INVALID: ADDRESS[INVALID][1:]},
+    ("create_portal_session", "return_url"): ADDRESS,
+    ("get_checkout", "key"): {INVALID: KEY[INVALID], (404, "checkout_not_found"): ["unknown", "Checkout"]},
+    ("request_refund", "purchase_id"): {(404, "purchase_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("request_refund", "amount"): {NO_AMOUNT: [0, -1, 1001, 2**63 - 1]},
+    ("list_purchases", "account_id"): {
+        INVALID: ACCOUNT[INVALID][1:],
+        **{e: v for e, v in ACCOUNT.items() if e != INVALID},
+    },
+    ("list_purchases", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
+    ("purchase_totals", "group_by"): {INVALID: [None, "", "month", "Day", LONG]},
     ("set_time_zone", "time_zone"): {INVALID: [None, "", "Mars/Olympus", "europe/berlin", "+02:00", LONG]},
 }
 
@@ -231,6 +277,15 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("add_subscription_credits", "credits"): NOT_A_NUMBER,
     ("use_credits_validated", "metadata"): NOT_A_NUMBER,
     ("get_cache_cleanup_history", "n"): NOT_A_NUMBER,
+    ("request_refund", "purchase_id"): NOT_A_NUMBER,
+    ("list_purchases", "before"): NOT_A_NUMBER,
+    ("list_purchases", "max_rows"): NOT_A_NUMBER,
+    ("purchase_totals", "since"): NOT_A_TIME,
+    ("purchase_totals", "until"): NOT_A_TIME,
+    ("create_checkout", "quantity"): NOT_A_NUMBER,
+    ("create_checkout", "save_card"): NOT_A_NUMBER,
+    ("create_checkout", "allow_promotion_codes"): NOT_A_NUMBER,
+    ("create_checkout", "metadata"): NOT_A_NUMBER,
 }
 
 LOST = """{"id": "evt_0", "type": "customer.subscription.updated", "created": 1893456000, "data": {"object": {
@@ -239,7 +294,7 @@ LOST = """{"id": "evt_0", "type": "customer.subscription.updated", "created": 18
 
 @pytest.fixture
 def ledger(conn: Connection[Any]) -> Ledger:
-    """Two accounts with a little of everything, which bad input must leave alone."""
+    """Accounts with a little of everything, which bad input must leave alone."""
     ledger = Ledger(conn)
     ledger.load_demo_catalog()
     ledger.open("alpha", 100)
@@ -252,6 +307,12 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.set_member("alpha", "m1")
     refused_request = ledger.row("get_or_create_stripe_customer", user_id="beta").request_id
     ledger.complete_stripe_request(refused_request, 400, '{"error": {}}')
+    ledger.open("gamma")
+    bought = {"account_id": "gamma", "package": "starter"}
+    ledger.tell("checkout.session.completed", session(customer="cus_3", metadata=bought))
+    lives = {"id": "sub_3", "object": "subscription", "status": "active", "metadata": {"account_id": "gamma"}}
+    ledger.tell("customer.subscription.created", lives)
+    ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
     return ledger
 
 
@@ -260,6 +321,8 @@ def good(ledger: Ledger, verb: str) -> dict[str, Any]:
     arguments = dict(GOOD[verb])
     if verb == "revoke_grant":
         arguments["grant_id"] = ledger.table("grants", "account_id = 'alpha'")[0].grant_id
+    elif verb == "request_refund":
+        arguments["purchase_id"] = ledger.table("purchases", "status = 'completed'")[0].purchase_id
     elif verb == "complete_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests")[0].request_id
     elif verb == "retry_stripe_request":
@@ -337,6 +400,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
         "worker", "stripe_version", "attempt", "not_sent",
+        "save_card", "allow_promotion_codes",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
