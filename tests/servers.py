@@ -19,7 +19,8 @@ from pgcredits import embedded, migrate
 
 OWNER = embedded.DATABASE  # no superuser, owns its databases, may create roles
 TEMPLATE = "pgcredits_template"
-CONF = "fsync = off\nfull_page_writes = off\nmax_connections = 200\nautovacuum = off\n"  # a vacuum in mid-test changes plans
+# A vacuum in the middle of a long test would change its plans to those for an empty table.
+CONF = "fsync = off\nfull_page_writes = off\nmax_connections = 200\nautovacuum = off\n"
 DEBIAN = Path("/usr/lib/postgresql/15")
 ENGINES = ["pg18", "pg15"]
 _numbers = itertools.count(1)
