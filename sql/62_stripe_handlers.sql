@@ -1,4 +1,5 @@
--- What each family of Stripe's events does, and the rows that name its function. object.* are answers to retrieves.
+-- What each family of Stripe's events does, and the rows that name its function. object.* are answers that tell of an object;
+-- answer.<purpose> takes the answers to our requests of a purpose, failed.<purpose> hears of those that came to nothing.
 -- A handler takes a notice and answers applied or ignored with a reason and its effects, or parks. It acts on the object,
 -- not on the name of the event: several types tell of one fact, and each may come late.
 
@@ -89,7 +90,8 @@ with listed (event_type, handler) as (values
   ('object.invoice_lines',                        '_on_list'),
   ('object.line_items',                           '_on_list'),
   ('object.invoice_payments',                     '_on_list'),
-  ('v2.core.event',                               '_on_thin_event')
+  ('v2.core.event',                               '_on_thin_event'),
+  ('failed.checkout',                             '_on_failed_checkout')
 ), summed (event_type, handler, summary) as (
   select l.event_type, l.handler, s.summary
     from listed l
@@ -109,7 +111,8 @@ with listed (event_type, handler) as (values
       ('_on_customer',         'Mirrors it; binds it to the account that its metadata names.'),
       ('_on_payment_method',   'Mirrors it; keeps the default card of its customer.'),
       ('_on_list',             'Keeps the rest of a list that did not fit into an event.'),
-      ('_on_thin_event',       'Retrieves the object that it names.')) s (handler, summary) on s.handler = l.handler
+      ('_on_thin_event',       'Retrieves the object that it names.'),
+      ('_on_failed_checkout',  'Closes the purchase that was to be paid there.')) s (handler, summary) on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
   select s.event_type, s.handler, s.summary from summed s

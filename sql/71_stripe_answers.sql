@@ -48,6 +48,7 @@ begin
     end if;
     perform credits._request_missing(v_verdict.waits_for);
   elsif v_outcome = 'declined' and v_request.purpose <> 'retrieve'
+        and not exists (select from credits.stripe_handlers h where h.event_type = 'failed.' || v_request.purpose)
         and jsonb_typeof(v_answer #> '{error,payment_intent}') = 'object' then
     perform credits._apply_answer(v_request, v_answer #> '{error,payment_intent}');
   end if;
@@ -158,7 +159,7 @@ begin
       when _close_request.outcome = 'again'                           then 'stripe_request_given_up'
       else                                                                 'stripe_request_failed' end)
     where v_state in ('failed', 'unknown');
-  perform credits._fail_purchase(v_request) where v_state in ('failed', 'declined') and v_request.purpose = 'checkout';
+  perform credits._apply_failure(v_request, _close_request.answer) where v_state in ('failed', 'declined');
   return v_request;
 end $$;
 
@@ -241,3 +242,36 @@ begin
   end if;
   return v_verdict;
 end $$;
+
+-- What asked may have to know that nothing comes of it. An error here leaves the request open: its answer is brought again.
+create or replace function credits._apply_failure(
+  request credits.stripe_requests,
+  answer  jsonb
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_handler text;
+begin
+  select h.handler into v_handler
+    from credits.stripe_handlers h
+   where h.event_type = 'failed.' || (_apply_failure.request).purpose;
+  if found then
+    execute format('select credits.%I($1)', v_handler)
+      using row('request:' || (_apply_failure.request).request_id, 'failed.' || (_apply_failure.request).purpose, null,
+                (_apply_failure.request).ref, (_apply_failure.request).as_of, _apply_failure.answer, null, true
+               )::credits.stripe_notice;
+  end if;
+end $$;
+
+-- The request whose answer a handler of answer.* or failed.* was given. Its row is locked.
+create or replace function credits._answered(notice credits.stripe_notice)
+returns credits.stripe_requests
+language sql
+stable
+as $$
+  select r
+    from credits.stripe_requests r
+   where r.request_id = substr((_answered.notice).event_id, length('request:') + 1)::bigint
+$$;

@@ -267,15 +267,18 @@ begin
 end $$;
 
 -- A request that has failed for good sells nothing. Whoever closes it holds its row, then the account, as answers do.
-create or replace function credits._fail_purchase(request credits.stripe_requests)
-returns void
+create or replace function credits._on_failed_checkout(notice credits.stripe_notice)
+returns credits.handler_result
 language plpgsql
 as $$
+declare
+  v_request credits.stripe_requests := credits._answered(_on_failed_checkout.notice);
 begin
-  perform credits._lock_account((_fail_purchase.request).account_id);
+  perform credits._lock_account(v_request.account_id);
   update credits.purchases p
      set status = 'failed'
     from credits.checkouts c
-   where c.request_id = (_fail_purchase.request).request_id and p.account_id = c.account_id and p.purchase_id = c.purchase_id
+   where c.request_id = v_request.request_id and p.account_id = c.account_id and p.purchase_id = c.purchase_id
      and p.status = 'pending' and p.stripe_session_id is null;
+  return credits._applied();
 end $$;
