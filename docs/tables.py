@@ -70,7 +70,7 @@ def kinds(conn: Connection[Any]) -> str:
 def settings(conn: Connection[Any]) -> str:
     """The settings, with the values that they come with."""
     rows = conn.execute(
-        "select format('`%s`', s.name), s.value #>> '{}', s.summary from credits.settings s order by s.name"
+        "select format('`%s`', s.name), coalesce(nullif(s.value #>> '{}', ''), '–'), s.summary from credits.settings s order by s.name"
     )
     return _table(("setting", "default", ""), rows)
 
