@@ -61,7 +61,7 @@ class Notifier:
     async def _send(self, http: httpx.AsyncClient, row: Row) -> Outcome:
         if row["channel"] == "email":
             return await asyncio.to_thread(mail, self._settings, row)
-        return await post(http, row, self._settings.notify_secrets.get(row["target"].upper(), ()))
+        return await post(http, row, self._settings.notify_secrets_of(row["target"]))
 
 
 async def post(http: httpx.AsyncClient, row: Row, secrets: Sequence[str]) -> Outcome:

@@ -58,6 +58,10 @@ class Settings:
         own = re.sub(r"\W", "_", endpoint).upper()
         return self.webhook_secrets.get(own) or self.webhook_secrets.get("", ())
 
+    def notify_secrets_of(self, endpoint: str) -> tuple[str, ...]:
+        """Secrets that sign what is sent to an endpoint: its own, or else the general ones."""
+        return self.notify_secrets.get(endpoint.upper()) or self.notify_secrets.get("", ())
+
 
 def _secrets(environment: Mapping[str, str], prefix: str) -> dict[str, tuple[str, ...]]:
     """Secrets by what follows the prefix in their variable's name; one variable may hold several."""

@@ -212,6 +212,22 @@ as $$
                   'operator') = 'operator'
 $$;
 
+create or replace function credits._check_rows(
+  rows integer,
+  name text
+)
+returns integer
+language plpgsql
+immutable
+as $$
+begin
+  if (_check_rows.rows between 1 and 1000) is not true then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', _check_rows.name),
+      format('%s is a number from 1 to 1000.', _check_rows.name));
+  end if;
+  return _check_rows.rows;
+end $$;
+
 create or replace function credits._check_endpoint(
   name  text,
   url   text,
