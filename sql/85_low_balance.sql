@@ -96,6 +96,7 @@ as $$
 $$;
 
 -- Compares and tells, after anything that moved the credits of an account that has a threshold. The caller holds its lock.
+-- Only entries move what is compared, so the number of the last one names the fall.
 create or replace function credits._watch_balance(account_id text)
 returns credits.balances
 language plpgsql
@@ -112,8 +113,7 @@ begin
    where b.account_id = v_balance.account_id
   returning b.* into v_balance;
   if v_balance.is_low then
-    perform credits._notify(v_balance.account_id, 'low_balance',
-      concat_ws(':', v_balance.account_id, extract(epoch from credits.now())),
+    perform credits._notify(v_balance.account_id, 'low_balance', concat_ws(':', v_balance.account_id, v_balance.entry_seq),
       jsonb_build_object('balance', trim_scale(v_owned), 'threshold', trim_scale(v_balance.low_at)));
   end if;
   return v_balance;
