@@ -149,6 +149,18 @@ def test_every_text_says_its_values(ledger: Ledger) -> None:
         assert ledger.query(money) == [("500 JPY", "0.500 KWD", "0.05 USD")]
 
 
+def test_the_statements_of_the_manual_run(ledger: Ledger) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/notifications.md").read_text()
+    ledger.open("user_1")
+    number = notify(ledger, "refund")
+    with ledger.as_owner():
+        for block in re.findall(r"```sql\n(.*?)```", page, re.DOTALL):
+            ledger.conn.execute(block.replace("(42)", f"({number})").encode())
+    ledger.open_account("gamma", email="gamma@example.com")
+    assert targets(ledger, notify(ledger, "low_balance", "2", "gamma")) == {"shop", "customer"}
+    assert targets(ledger, notify(ledger, "job_failed", "2")) == {"operator"}
+
+
 # Deliveries ----------------------------------------------------------------------------------------------------------
 
 
