@@ -3,7 +3,7 @@
 
 insert into credits.settings as s (name, value, summary) values
   ('customer_email', 'false',
-   'Which kinds of notifications customers get by e-mail: true is all kinds for customers, an array names some, false is none.'),
+   'Which kinds of notifications customers get by e-mail: true is all that are for customers, an array some, false none.'),
   ('operator_email', '""', 'The address that gets the notifications for the operator; empty is none.')
 on conflict (name) do update set summary = excluded.summary;
 

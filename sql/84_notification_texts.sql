@@ -11,9 +11,11 @@ with listed (kind, subject, body) as (values
   ('credits_expiring', '{amount} of your credits end on {end}',
    '{amount} of your credits can be used until {end}. After that they are gone.'),
   ('purchase_receipt', 'Receipt: {credits} credits for {money}',
-   'Thank you. You bought {credits} credits ({package}) for {money}, and they are in your account now. This is purchase {purchase_id}.'),
+   'Thank you. You bought {credits} credits ({package}) for {money}, and they are in your account now. '
+   'This is purchase {purchase_id}.'),
   ('payment_failed', 'Your payment of {money} failed',
-   'Your bank did not let the payment of {money} for {credits} credits pass, so they are not in your account. You have not been charged. You can buy them again at any time.'),
+   'Your bank did not let the payment of {money} for {credits} credits pass, so they are not in your account. '
+   'You have not been charged. You can buy them again at any time.'),
   ('refund', 'You get {money} back',
    'We gave {money} back to the card or account that you paid with. It is there within some days.'),
   ('top_up_done', 'Your credits were topped up',
@@ -116,12 +118,11 @@ begin
   select t.* into v_text from credits.notification_texts t where t.kind = v_told.type and _mail_text.target = 'customer';
   if not found then
     v_text.subject := 'pgcredits: {kind}{of}';
-    v_text.body    := '{summary}' || E'\n\n' || jsonb_pretty(v_told.data);
   end if;
   v_text.subject := left(regexp_replace(credits._fill(v_text.subject, v_values), '[[:space:][:cntrl:]]+', ' ', 'g'), 200);
-  v_text.body    := case _mail_text.target when 'customer' then credits._fill(v_text.body, v_values)
-                         else credits._fill('{summary}', v_values) || E'\n\n' || jsonb_pretty(v_told.data) end
-                    || E'\n\n-- \n' || credits._fill('{product}', v_values) || E'\n';
+  v_text.body    := coalesce(credits._fill(v_text.body, v_values),
+                             (v_values ->> 'summary') || E'\n\n' || jsonb_pretty(v_told.data))
+                    || E'\n\n-- \n' || (v_values ->> 'product') || E'\n';
   return v_text;
 end $$;
 
