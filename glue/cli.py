@@ -1,4 +1,4 @@
-"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit, catalog, stripe."""
+"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit, catalog, stripe, notify."""
 
 import asyncio
 import contextlib
@@ -18,9 +18,10 @@ import psycopg
 import typer
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from pgcredits import __version__, catalog, db, demo, migrate, worker
+from pgcredits import __version__, catalog, db, demo, migrate, notifier, worker
 from pgcredits.app import create_app
 from pgcredits.settings import Settings, SettingsError
 
@@ -32,6 +33,8 @@ catalog_cli = typer.Typer(help="The catalogue as a document: docs/catalog.md.", 
 cli.add_typer(catalog_cli, name="catalog")
 stripe_cli = typer.Typer(help="Requests to Stripe: docs/stripe.md.", no_args_is_help=True)
 cli.add_typer(stripe_cli, name="stripe")
+notify_cli = typer.Typer(help="Notifications: docs/notifications.md.", no_args_is_help=True)
+cli.add_typer(notify_cli, name="notify")
 console = Console()
 LOG = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
@@ -201,6 +204,44 @@ def stripe_work(
         raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
     with _database(dsn, settings) as target:
         asyncio.run(worker.work(replace(settings, dsn=target), once=once))
+
+
+@notify_cli.command("work")
+def notify_work(
+    dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
+) -> None:
+    """Send notifications as webhooks and e-mails. Several may run, beside the door or not."""
+    logging.basicConfig(level=logging.INFO, format=LOG)
+    settings = Settings.from_environment()
+    if not notifier.configured(settings):
+        raise SettingsError("set PGCREDITS_NOTIFY_SECRET_<NAME> for an endpoint, or PGCREDITS_SMTP_URL for e-mail")
+    with _database(dsn, settings) as target:
+        asyncio.run(notifier.work(replace(settings, dsn=target), once=once))
+
+
+@notify_cli.command("list")
+def notify_list(
+    dsn: Dsn = "",
+    state: Annotated[
+        str | None, typer.Option(help="Only with a delivery that is pending, sent, delivered, dead.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Only of this kind.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1000, help="How many, the latest first.")] = 50,
+) -> None:
+    """Print notifications and what became of their deliveries."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        found = db.call(conn, "list_notifications", state=state, kind=kind, max_rows=rows)
+    table = Table("id", "when", "kind", "account", "deliveries")
+    for row in found:
+        deliveries = (
+            f"{one['target']}: {one['state']} after {one['attempts']}, {one['last_error'] or one['last_status'] or ''}"
+            for one in row["deliveries"]
+        )
+        table.add_row(
+            str(row["notification_id"]), f"{row['created_at']:%Y-%m-%d %H:%M:%S}", row["kind"], row["account_id"],
+            escape("\n".join(deliveries)),
+        )  # fmt: skip
+    console.print(table)
 
 
 def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:
