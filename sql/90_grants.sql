@@ -26,6 +26,7 @@ grant execute on function
   credits.archive_stripe_events, credits.set_stripe_endpoint,
   credits.claim_stripe_requests, credits.complete_stripe_request, credits.retry_stripe_request,
   credits.create_checkout, credits.get_checkout, credits.create_portal_session,
+  credits.set_auto_topup, credits.get_auto_topup, credits.remove_auto_topup, credits.run_auto_topups,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription
 to credits_service;
 
