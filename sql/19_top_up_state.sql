@@ -28,7 +28,7 @@ as $$
       limit 1))
 $$;
 
--- What was asked of cards within a time before now, in the minor unit of the currency; what came to nothing does not count.
+-- What was asked of cards within a time before now, in the currency of the rule; what came to nothing does not count.
 create or replace function credits._topped_up(
   account_id text,
   within     interval
@@ -39,7 +39,8 @@ stable
 as $$
   select coalesce(sum(p.amount), 0)
     from credits.top_ups t
-    join credits.purchases p on p.account_id = t.account_id and p.purchase_id = t.purchase_id
+    join credits.auto_topups r on r.account_id = t.account_id
+    join credits.purchases p on p.account_id = t.account_id and p.purchase_id = t.purchase_id and p.currency = r.currency
    where t.account_id = _topped_up.account_id and t.state <> 'failed' and t.created_at > credits.now() - _topped_up.within
 $$;
 
@@ -130,6 +131,7 @@ as $$
                           '{"cancellation_reason": "abandoned"}', t.account_id)
     from credits.top_ups t
    where t.account_id = _let_go.account_id and t.state = 'requires_action'
+     and credits._open_request('cancel_top_up', t.top_up_id) is null
 $$;
 
 create or replace function credits._tell_top_up(

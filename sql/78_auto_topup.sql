@@ -39,7 +39,11 @@ begin
   on conflict on constraint auto_topups_pkey do update
     set enabled = true, threshold = excluded.threshold, package = excluded.package, currency = excluded.currency,
         monthly_cap = excluded.monthly_cap, daily_cap = excluded.daily_cap, cool_down = excluded.cool_down,
-        updated_at = excluded.updated_at, check_at = null,
+        check_at = null,
+        updated_at    = case when (r.enabled, r.threshold, r.package, r.currency, r.monthly_cap, r.daily_cap, r.cool_down)
+                                  is distinct from (true, excluded.threshold, excluded.package, excluded.currency,
+                                                    excluded.monthly_cap, excluded.daily_cap, excluded.cool_down)
+                             then excluded.updated_at else r.updated_at end,
         paused_reason = case when r.paused_card = v_card then r.paused_reason end,
         paused_at     = case when r.paused_card = v_card then r.paused_at end,
         paused_card   = case when r.paused_card = v_card then r.paused_card end;
@@ -258,7 +262,9 @@ declare
   v_plan credits.top_up_plan := _put_off.plan;
 begin
   update credits.auto_topups r
-     set check_at = case v_plan.reason when 'waits' then v_plan.wait_until else credits.now() + v_rule.cool_down end
+     set check_at = case v_plan.reason when 'waits'          then v_plan.wait_until
+                                       when 'account_closed' then 'infinity'
+                                       else credits.now() + greatest(v_rule.cool_down, '1 hour') end
    where r.account_id = v_rule.account_id;
   if v_plan.reason <> 'waits' then
     perform credits._notify(v_rule.account_id, 'top_up_refused',

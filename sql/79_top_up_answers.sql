@@ -245,14 +245,21 @@ begin
   end if;
   perform credits._lock_account(v_account);
   v_card := credits._card_of(credits._customer_of(v_account));
-  update credits.auto_topups r
-     set paused_reason = null, paused_card = null, paused_at = null, check_at = null
-   where r.account_id = v_account and v_card is not null
-     and (r.paused_reason = 'card_missing' or r.paused_card <> v_card);
-  if found then
-    perform credits._notify(v_account, 'top_up_resumed', concat_ws(':', v_account, v_card, credits.now()),
-                            jsonb_build_object('payment_method', v_card));
+  if v_card is null or exists (select from credits.top_ups t
+                                where t.account_id = v_account and t.finished_at is null and t.payment_method = v_card) then
+    return;
   end if;
-  perform credits._let_go(v_account) where v_card is not null;
-  perform credits._end_attempt(v_account);
+  perform credits._let_go(v_account);
+  update credits.auto_topups r
+     set paused_reason = null, paused_card = null, paused_at = null
+   where r.account_id = v_account and (r.paused_reason = 'card_missing' or r.paused_card <> v_card);
+  if found then
+    perform credits._notify(v_account, 'top_up_resumed', concat_ws(':', v_account, v_card, extract(epoch from credits.now())),
+                            jsonb_build_object('payment_method', v_card));
+    perform credits._look_at_top_up(v_account);
+  end if;
+  update credits.auto_topups r set check_at = credits.now() where r.account_id = v_account and r.check_at is not null;
+  if found then
+    perform credits._end_attempt(v_account);
+  end if;
 end $$;

@@ -201,6 +201,8 @@ def test_a_debit_that_leaves_too_little_asks_for_one_payment(ledger: Ledger) -> 
     assert (purchase.status, purchase.credits, purchase.amount) == ("pending", 1000, 1000)
     with ledger.unchanged("balances", "entries", "grants"):
         ledger.use(1)
+    with ledger.unchanged():
+        assert rule(ledger).top_up_id == top_up.top_up_id
     assert told(ledger) == ["started"]
     assert_sound(ledger)
 
@@ -311,9 +313,11 @@ def test_what_a_rule_forbids_is_not_bought_and_no_debit_fails_for_it(
     assert (ledger.available(), requests(ledger), told(ledger)) == (0, [], ["refused"])
     (row,) = ledger.table("notifications", "type = 'top_up_refused'")
     assert (row.data["reason"], row.account_id) == (reason, "alpha")
-    assert ledger.get_auto_topup("alpha").check_at == ledger.now + 10 * MINUTE
-    ledger.now += 10 * MINUTE
+    assert ledger.get_auto_topup("alpha").check_at == ledger.now + HOUR
+    ledger.now += HOUR
     assert ledger.run_auto_topups() == 1
+    if reason not in ("package_not_sold", "currency_changed"):
+        assert rule(ledger, **more).month_used == 0
     assert (requests(ledger), told(ledger)) == ([], ["refused"]), "told once"
 
 
