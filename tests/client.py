@@ -259,7 +259,12 @@ class Client:
         return self.rows("purchase_totals", **more)
 
     def set_auto_topup(
-        self, account_id: str | None, threshold: Amount | None, package: str | None, monthly_cap: int | None, **more: Any
+        self,
+        account_id: str | None,
+        threshold: Amount | None,
+        package: str | None,
+        monthly_cap: int | None,
+        **more: Any,
     ) -> Any:
         return self.row(
             "set_auto_topup",

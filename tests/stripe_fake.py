@@ -178,11 +178,9 @@ class StripeFake:
             known.update({"status": "canceled"} if kind == "subscription" else {"deleted": True})
         elif call.method == "POST":
             known.update(typed(call.params))
-            if kind == "payment_intent" and "confirm" in call.params:
-                return confirmed(known)
             if call.path.endswith("/cancel"):
                 known["status"] = "canceled"
-        return 200, dict(known)
+        return confirmed(known) if kind == "payment_intent" and "confirm" in call.params else (200, dict(known))
 
     def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
         about = f"{prefix}_{next(self._numbers)}"
