@@ -16,7 +16,8 @@ create table credits.auto_topups (
   check_at      timestamptz,
   created_at    timestamptz not null,
   updated_at    timestamptz not null,
-  constraint auto_topups_threshold_is_an_amount check (threshold > 0 and threshold < 1e12 and threshold = round(threshold, 6)),
+  constraint auto_topups_threshold_is_an_amount check (
+    threshold > 0 and threshold < 1e12 and threshold = round(threshold, 6)),
   constraint auto_topups_caps_are_positive check (monthly_cap > 0 and daily_cap > 0),
   constraint auto_topups_pause_is_whole check ((paused_reason is null) = (paused_at is null)
                                                and (paused_card is null or paused_reason is not null))
@@ -52,7 +53,8 @@ create table credits.top_ups (
   constraint top_ups_finished_has_its_moment check ((state in ('succeeded', 'failed')) = (finished_at is not null)),
   foreign key (account_id, purchase_id) references credits.purchases (account_id, purchase_id)
 );
-create unique index top_ups_one_open on credits.top_ups (account_id) where state in ('queued', 'processing', 'requires_action');
+create unique index top_ups_one_open on credits.top_ups (account_id)
+  where state in ('queued', 'processing', 'requires_action');
 create index top_ups_by_time on credits.top_ups (account_id, created_at);
 comment on table credits.top_ups is 'Attempts to buy by the rule of an account: one open at a time. What is bought is the purchase.';
 comment on column credits.top_ups.top_up_id is 'In the metadata of the payment, and ref of its request: both find this row.';

@@ -114,7 +114,8 @@ with listed (event_type, handler) as (values
       ('_on_list',             'Keeps the rest of a list that did not fit into an event.'),
       ('_on_thin_event',       'Retrieves the object that it names.'),
       ('_on_failed_checkout',  'Closes the purchase that was to be paid there.'),
-      ('_on_failed_top_up',    'Closes the attempt; lets the card rest, or pauses the rule.')) s (handler, summary) on s.handler = l.handler
+      ('_on_failed_top_up',    'Closes the attempt; lets the card rest, or pauses the rule.')) s (handler, summary)
+      on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
   select s.event_type, s.handler, s.summary from summed s

@@ -42,9 +42,16 @@ as $$
 declare
   v_dispute credits.dispute_shape := credits._shape_dispute((_on_dispute.notice).object);
   v_payment text := credits._payment_of_charge(v_dispute.charge_id, v_dispute.payment_intent_id);
+  v_first   boolean := credits._snapshot('dispute', v_dispute.dispute_id) is null;
   v_current boolean := credits._mirror(_on_dispute.notice, coalesce(v_dispute.charge_id, v_dispute.payment_intent_id));
+  v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
-  return credits._applied(credits._payment_changed(v_payment, true), case when not v_current then 'superseded' end);
+  if v_first and v_dispute.status in ('needs_response', 'under_review', 'lost') then  -- purchases see it by themselves
+    perform credits._pause_top_up(p.account_id, 'disputed')
+       from credits.stripe_payments p
+      where p.payment_id = v_payment and p.source_kind = 'invoice';
+  end if;
+  return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
 -- The payment that a charge belongs to. A dispute may know the charge alone: then the charge's own event, or a retrieve,
@@ -236,7 +243,6 @@ begin
      from credits._purchases_of(_settle_source.source_kind, _settle_source.source_id, _settle_source.account_id) p;
   if _settle_source.source_kind = 'invoice' and v_effects <> '[]' then
     perform credits._refresh_plan(_settle_source.account_id);  -- a line that is refunded in full pays out no more
-    perform credits._pause_top_up(_settle_source.account_id, 'disputed') where v_totals.lost + v_totals.open > 0;
   end if;
   if v_account or exists (select from credits.accounts a
                            where a.account_id = _settle_source.account_id and a.status = 'frozen'

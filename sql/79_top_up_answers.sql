@@ -107,7 +107,7 @@ begin
    where p.account_id = v_top_up.account_id and p.purchase_id = v_top_up.purchase_id;
   if v_intent.customer_id is distinct from v_top_up.customer_id then
     perform credits._park('customer_of_another_account');
-  elsif v_intent.amount_received is distinct from v_purchase.amount or v_intent.currency is distinct from v_purchase.currency then
+  elsif (v_intent.amount_received, v_intent.currency) is distinct from (v_purchase.amount, v_purchase.currency) then
     perform credits._park('amount_unknown', null, jsonb_build_object('amount', v_intent.amount_received,
       'currency', v_intent.currency, 'expected', v_purchase.amount, 'expected_currency', v_purchase.currency));
   end if;

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from decimal import Decimal
 from functools import partial
 from itertools import permutations
@@ -217,7 +218,7 @@ def test_every_way_to_use_credits_looks(ledger: Ledger, general: bool) -> None:
         ledger.grant(1, scope=["songs"])
     ledger.reserve("alpha", 500, "early")
     ledger.set_debt_limit("alpha", 2000)
-    ways = [
+    ways: list[Callable[[], Any]] = [
         lambda: ledger.use(450),
         lambda: ledger.use(450, member_id="m1"),
         lambda: ledger.spend_many([{"account_id": "alpha", "amount": n, "key": str(n)} for n in (300, 150)]),
@@ -323,7 +324,7 @@ def test_what_a_rule_forbids_is_not_bought_and_no_debit_fails_for_it(
 
 def test_caps_and_cool_down_are_counted_from_rows_over_a_moving_window(ledger: Ledger) -> None:
     rule(ledger, cap=3000, daily_cap=2000)
-    started_at = []
+    started_at: list[timedelta] = []
     first = ledger.now
     while ledger.now < first + 31 * DAY:
         if how(ledger)[2]:
@@ -564,12 +565,18 @@ def test_a_refunded_top_up_takes_its_credits_back_and_buys_no_more(ledger: Ledge
     assert_sound(ledger)
 
 
-@pytest.mark.parametrize("of", ["top_up", "session", "refund of a session"])
+@pytest.mark.parametrize("of", ["top_up", "session", "invoice", "refund of a session"])
 def test_a_dispute_of_any_payment_ends_it(ledger: Ledger, of: str) -> None:
     if of == "top_up":
         started(ledger)
         answer(ledger, intent(ledger))
         payment = intent(ledger)["id"]
+    elif of == "invoice":
+        rule(ledger)
+        payment = "pi_1"
+        ledger.change(
+            "insert into credits.stripe_payments values ('pi_1', 'invoice', 'in_1', 'alpha', 1000, 'usd', credits.now())"
+        )
     else:
         rule(ledger)
         ledger.tell("checkout.session.completed", {

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 STRIPE = (ROOT / "docs/stripe.md").read_text()
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "sql").glob("*.sql"))}
-WITH_A_CARD = """{"id": "evt_0", "type": "customer.created", "created": 1893456000, "data": {"object": {"id": "cus_1",
-  "object": "customer", "metadata": {"account_id": "user_1"}, "invoice_settings": {"default_payment_method": "pm_1"}}}}"""
+WITH_A_CARD = """{"id": "evt_0", "type": "customer.created", "created": 1893456000, "data": {"object": {
+  "id": "cus_1", "object": "customer", "metadata": {"account_id": "user_1"},
+  "invoice_settings": {"default_payment_method": "pm_1"}}}}"""
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
