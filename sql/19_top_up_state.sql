@@ -100,6 +100,8 @@ as $$
    where r.account_id = _look_at_top_up.account_id and r.check_at is null
 $$;
 
+-- A card that is declined says nothing of money that went back: that pause stays. What a card said counts for a rule that is
+-- off, too: else to remove and set it again would ask the card again.
 create or replace function credits._pause_top_up(
   account_id text,
   reason     text,
@@ -113,13 +115,62 @@ declare
 begin
   update credits.auto_topups r
      set paused_reason = _pause_top_up.reason, paused_card = _pause_top_up.card, paused_at = v_now, check_at = null
-   where r.account_id = _pause_top_up.account_id and r.enabled;
+   where r.account_id = _pause_top_up.account_id
+     and case when _pause_top_up.card is null then r.enabled else r.paused_reason is null or r.paused_card is not null end;
   if found then
     perform credits._notify(_pause_top_up.account_id, 'top_up_paused',
       concat_ws(':', _pause_top_up.account_id, _pause_top_up.reason, extract(epoch from v_now)),
       jsonb_build_object('reason', _pause_top_up.reason, 'payment_method', _pause_top_up.card));
   end if;
+  perform credits._withdraw_top_up(_pause_top_up.account_id);
   perform credits._arm_top_up(_pause_top_up.account_id);
+end $$;
+
+-- What no worker has sent yet is not sent any more.
+create or replace function credits._withdraw_top_up(account_id text)
+returns void
+language plpgsql
+as $$
+declare
+  v_top_up credits.top_ups;
+begin
+  select t.* into v_top_up
+    from credits.top_ups t
+   where t.account_id = _withdraw_top_up.account_id and t.state = 'queued';
+  update credits.stripe_requests r
+     set state = 'failed', finished_at = credits.now(), error_type = 'withdrawn'
+   where r.request_id = (select q.request_id from credits.stripe_requests q
+                          where q.purpose = 'top_up' and q.ref = v_top_up.top_up_id and q.state = 'queued'
+                            and q.first_sent_at is null
+                            for no key update skip locked);
+  if found then
+    v_top_up.error_code := 'withdrawn';
+    perform credits._close_top_up(v_top_up);
+  end if;
+end $$;
+
+-- Closes an attempt that came to nothing, once. Answers nothing if it was closed before.
+create or replace function credits._close_top_up(top_up credits.top_ups)
+returns credits.top_ups
+language plpgsql
+as $$
+declare
+  v_top_up credits.top_ups := _close_top_up.top_up;
+begin
+  update credits.top_ups t
+     set state = 'failed', finished_at = credits.now(), payment_intent_id = v_top_up.payment_intent_id,
+         declined = v_top_up.declined, error_code = v_top_up.error_code, decline_code = v_top_up.decline_code,
+         advice_code = v_top_up.advice_code
+   where t.account_id = v_top_up.account_id and t.top_up_id = v_top_up.top_up_id and t.finished_at is null
+  returning t.* into v_top_up;
+  if v_top_up.top_up_id is not null then
+    update credits.purchases p
+       set status = 'failed', stripe_payment_intent_id = v_top_up.payment_intent_id
+     where p.account_id = v_top_up.account_id and p.purchase_id = v_top_up.purchase_id;
+    perform credits._close_unknown(v_top_up.top_up_id);
+    perform credits._tell_top_up(v_top_up, 'top_up_failed');
+  end if;
+  return v_top_up;
 end $$;
 
 -- A payment that waits for its buyer would wait for ever: Stripe is asked to let go of it.

@@ -94,12 +94,15 @@ begin
   update credits.auto_topups r
      set enabled = false, check_at = null, updated_at = credits.now()
    where r.account_id = remove_auto_topup.account_id and r.enabled;
+  perform credits._withdraw_top_up(remove_auto_topup.account_id);
   perform credits._let_go(remove_auto_topup.account_id);
   perform credits._arm_top_up(remove_auto_topup.account_id);
   return credits._auto_topup_result(remove_auto_topup.account_id);
 end $$;
 comment on function credits.remove_auto_topup(text) is
-'Turns automatic top-up off. A payment that Stripe was asked for already is still credited if it succeeds.
+'Turns automatic top-up off.
+
+A payment that no worker has sent to Stripe yet is not sent; one that was sent is still credited if it succeeds.
 Errors: 400 invalid_request, 404 account_not_found.';
 
 create or replace function credits.run_auto_topups(max_accounts integer default 100)

@@ -159,18 +159,25 @@ begin
      set status = 'completed', grant_id = v_grant.grant_id, completed_at = credits.now(), livemode = _grant_top_up.livemode,
          stripe_payment_intent_id = v_top_up.payment_intent_id
    where p.account_id = v_purchase.account_id and p.purchase_id = v_purchase.purchase_id;
-  -- An event may tell what the lost answer to a request would have told. Whoever holds its row closes it himself.
-  update credits.stripe_requests r
-     set state = 'done', finished_at = credits.now()
-   where r.request_id = (select u.request_id from credits.stripe_requests u
-                          where u.purpose = 'top_up' and u.ref = v_top_up.top_up_id and u.state = 'unknown'
-                            for no key update skip locked);
+  perform credits._close_unknown(v_top_up.top_up_id);
   return jsonb_build_array(credits._effect('grant', v_purchase.account_id, v_grant.amount,
                                            jsonb_build_object('key', 'top_up:' || v_top_up.top_up_id)))
          || credits._settle_source('top_up', v_top_up.payment_intent_id, v_purchase.account_id);
 end $$;
 
--- Closes an attempt, once. What must not be tried again with this card pauses the rule; else the card rests for a while.
+-- An event may tell what the lost answer to a request would have told. Whoever holds its row closes it himself.
+create or replace function credits._close_unknown(top_up_id text)
+returns void
+language sql
+as $$
+  update credits.stripe_requests r
+     set state = 'done', finished_at = credits.now()
+   where r.request_id = (select u.request_id from credits.stripe_requests u
+                          where u.purpose = 'top_up' and u.ref = _close_unknown.top_up_id and u.state = 'unknown'
+                            for no key update skip locked)
+$$;
+
+-- An attempt came to nothing. What must not be tried again with this card pauses the rule; else the card rests for a while.
 create or replace function credits._fail_top_up(
   top_up credits.top_ups,
   reason text
@@ -179,22 +186,12 @@ returns void
 language plpgsql
 as $$
 declare
-  v_top_up credits.top_ups := _fail_top_up.top_up;
+  v_top_up credits.top_ups := credits._close_top_up(_fail_top_up.top_up);
   v_reason text := _fail_top_up.reason;
 begin
-  update credits.top_ups t
-     set state = 'failed', finished_at = credits.now(), payment_intent_id = v_top_up.payment_intent_id,
-         declined = v_top_up.declined, error_code = v_top_up.error_code, decline_code = v_top_up.decline_code,
-         advice_code = v_top_up.advice_code
-   where t.account_id = v_top_up.account_id and t.top_up_id = v_top_up.top_up_id and t.finished_at is null
-  returning t.* into v_top_up;
-  if not found then
+  if v_top_up.top_up_id is null then
     return;
   end if;
-  update credits.purchases p
-     set status = 'failed', stripe_payment_intent_id = v_top_up.payment_intent_id
-   where p.account_id = v_top_up.account_id and p.purchase_id = v_top_up.purchase_id;
-  perform credits._tell_top_up(v_top_up, 'top_up_failed');
   if 'authentication_required' in (v_top_up.error_code, v_top_up.decline_code) then
     v_reason := 'authentication_required';
     perform credits._tell_top_up(v_top_up, 'top_up_action_required');

@@ -135,10 +135,15 @@ def test_it_is_off_until_a_rule_says_otherwise(ledger: Ledger) -> None:
     assert (first.cool_down, first.payment_method) == (10 * MINUTE, "pm_1")
     assert len(requests(ledger)) == 1, "too little is there already: it buys at once"
     assert (first.month_used, first.day_used, first.top_up_state) == (1000, 1000, "queued")
+    with ledger.conn.transaction(force_rollback=True):
+        assert ledger.remove_auto_topup("alpha").top_up_state is None
+        assert (ledger.claim_stripe_requests(), purchases(ledger)) == ([], ["failed"]), "nobody has sent it yet"
+        assert_sound(ledger)
+    ledger.claim_stripe_requests()
     ledger.remove_auto_topup("alpha")
     with ledger.unchanged():
         assert ledger.remove_auto_topup("alpha").state == "off"
-        assert ledger.remove_auto_topup("alpha").top_up_state == "queued"
+        assert ledger.remove_auto_topup("alpha").top_up_state == "sent"
         assert ledger.get_auto_topup("alpha").threshold == Decimal("100.5")
     assert answer(ledger, intent(ledger)) == "done"
     assert (ledger.available(), how(ledger)) == (1000, ("off", None, None))
@@ -463,6 +468,22 @@ def test_a_card_that_changed_while_the_old_one_was_declined_is_tried(ledger: Led
     assert request(ledger).params["payment_method"] == "pm_2"
 
 
+def test_no_detour_ends_a_pause_or_asks_a_card_again(ledger: Ledger) -> None:
+    started(ledger)
+    ledger.claim_stripe_requests()
+    with ledger.conn.transaction(force_rollback=True):
+        ledger.change("select credits._pause_top_up('alpha', 'disputed')")
+        decline(ledger, code=ASKED_FOR)
+        change_card(ledger)
+        assert how(ledger) == ("paused", "disputed", None)
+    ledger.remove_auto_topup("alpha")
+    decline(ledger, code=ASKED_FOR)
+    ledger.now += 2 * DAY
+    assert (how(ledger)[0], rule(ledger).paused_reason, len(requests(ledger))) == ("off", ASKED_FOR, 1)
+    change_card(ledger)
+    assert (how(ledger), len(requests(ledger))) == (("active", None, "queued"), 2)
+
+
 def test_what_stripe_does_not_take_pauses_until_somebody_has_looked(ledger: Ledger) -> None:
     started(ledger)
     assert answer(ledger, {"error": {"type": "invalid_request_error", "code": "amount_too_small"}}, 400) == "failed"
@@ -509,6 +530,8 @@ def test_an_outcome_that_is_not_known_keeps_the_attempt_open(ledger: Ledger) -> 
     with ledger.conn.transaction(force_rollback=True):
         declined_event(ledger)
         assert how(ledger) == ("active", None, None)
+        with refused(409, "request_not_failed", state="done"):
+            ledger.retry_stripe_request(number)
     assert ledger.retry_stripe_request(number).state == "queued", "an operator has looked: it was not done"
     assert how(ledger) == ("active", None, "queued")
     answer(ledger, intent(ledger))
@@ -575,7 +598,7 @@ def test_a_dispute_of_any_payment_ends_it(ledger: Ledger, of: str) -> None:
         rule(ledger)
         payment = "pi_1"
         ledger.change(
-            "insert into credits.stripe_payments values ('pi_1', 'invoice', 'in_1', 'alpha', 1000, 'usd', credits.now())"
+            "insert into credits.stripe_payments values ('pi_1', 'invoice', 'in_1', 'alpha', 1000, 'usd', now())"
         )
     else:
         rule(ledger)
