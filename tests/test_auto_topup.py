@@ -356,7 +356,7 @@ def test_caps_and_cool_down_are_counted_from_rows_over_a_moving_window(ledger: L
     [
         *permutations(("created", "answer", "event")),
         ("event",), ("answer",), ("event", "event", "answer", "answer"), ("processing", "event"),
-        ("requires_action", "answer"), ("failed", "event"), ("canceled event", "answer"),
+        ("requires_action", "answer"), ("failed", "event"), ("canceled", "answer"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -372,12 +372,13 @@ def test_answer_and_events_grant_once_in_any_order(ledger: Ledger, steps: tuple[
         elif step == "created":
             assert ledger.tell(CREATED, intent(ledger, "requires_payment_method")) == "applied"
         else:
-            ledger.tell(f"payment_intent.{step}", intent(ledger, step.split()[0]))
+            assert ledger.tell(f"payment_intent.{step}", intent(ledger, step)) == "applied"
             ledger.change("delete from credits.stripe_objects where kind = 'payment_intent'")
     (purchase,) = ledger.table("purchases")
     assert (purchase.status, purchase.stripe_payment_intent_id) == ("completed", f"pi_{request(ledger).request_id}")
     assert (ledger.available(), how(ledger)) == (1050, ("active", None, None))
     assert told(ledger).count("done") == 1
+    assert ("failed" in told(ledger)) == ({"failed", "canceled"} & {*steps} != set())
     (paid,) = ledger.table("stripe_payments")
     assert (paid.source_kind, paid.source_id, paid.account_id) == ("top_up", paid.payment_id, "alpha")
     (grant,) = ledger.table("grants", "kind = 'purchase'")
