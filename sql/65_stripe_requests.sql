@@ -67,6 +67,7 @@ begin
   if not found then
     perform credits._fail(404, 'request_not_found', jsonb_build_object('request_id', retry_stripe_request.request_id));
   elsif v_request.state not in ('failed', 'declined', 'unknown')
+        or v_request.purpose = 'top_up' and v_request.state <> 'unknown'  -- its attempt is closed: the next one is a new one
         or exists (select from credits.stripe_requests l
                     where l.purpose = v_request.purpose and l.ref = v_request.ref and l.request_id > v_request.request_id) then
     perform credits._fail(409, 'request_not_failed',

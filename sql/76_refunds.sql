@@ -71,7 +71,9 @@ stable
 as $$
   select case when (_refundable.purchase).grant_id is null or (_refundable.purchase).stripe_payment_intent_id is null then 0
               else greatest(0, t.captured - t.refunded - t.lost - t.open - o.amount) end
-    from credits._payment_totals('session', (_refundable.purchase).stripe_session_id) t,
+    from credits._payment_totals(case when (_refundable.purchase).stripe_session_id is null then 'top_up' else 'session' end,
+                                 coalesce((_refundable.purchase).stripe_session_id,
+                                          (_refundable.purchase).stripe_payment_intent_id)) t,
          lateral (select coalesce(sum(r.amount), 0)::bigint as amount
                     from credits.refund_requests r
                     left join credits.stripe_requests q on q.request_id = r.request_id

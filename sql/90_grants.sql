@@ -30,6 +30,7 @@ grant execute on function
   credits.set_notification_endpoint, credits.remove_notification_endpoint, credits.list_notification_endpoints,
   credits.claim_notifications, credits.complete_notification, credits.list_notifications, credits.replay_notification,
   credits.retry_notifications, credits.purge_notifications,
+  credits.set_auto_topup, credits.get_auto_topup, credits.remove_auto_topup, credits.run_auto_topups,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription
 to credits_service;
 

@@ -35,6 +35,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "refunds": ("refund", "re", {"status": "succeeded", "currency": "usd"}),
     "subscriptions": ("subscription", "sub", {"status": "active", "cancel_at_period_end": False}),
 }
+# Cards that are declined, and how. All others pay.
+CARDS: dict[str, dict[str, Any]] = {
+    "pm_declined": {"code": "card_declined", "decline_code": "insufficient_funds"},
+    "pm_never": {"code": "card_declined", "decline_code": "stolen_card", "advice_code": "do_not_try_again"},
+    "pm_authentication": {"code": "authentication_required", "decline_code": "authentication_required"},
+}
 WHOLE = {"amount", "unit_amount", "quantity", "limit", "expires_at", "trial_end", "start_date", "end_date"}
 
 
@@ -151,7 +157,7 @@ class StripeFake:
         return status, said, False
 
     def _execute(self, call: Call) -> tuple[int, dict[str, Any]]:
-        found = re.fullmatch(rf"/v1/({'|'.join(KINDS)})(?:/(\w+))?", call.path)
+        found = re.fullmatch(rf"/v1/({'|'.join(KINDS)})(?:/(\w+))?(?:/cancel)?", call.path)
         if wrong := invalid(call.params):
             return error(400, "invalid_request_error", code="parameter_invalid_integer", param=wrong)
         if not found:
@@ -172,9 +178,9 @@ class StripeFake:
             known.update({"status": "canceled"} if kind == "subscription" else {"deleted": True})
         elif call.method == "POST":
             known.update(typed(call.params))
-            if kind == "payment_intent" and "confirm" in call.params:
-                known["status"] = "succeeded"
-        return 200, dict(known)
+            if call.path.endswith("/cancel"):
+                known["status"] = "canceled"
+        return confirmed(known) if kind == "payment_intent" and "confirm" in call.params else (200, dict(known))
 
     def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
         about = f"{prefix}_{next(self._numbers)}"
@@ -183,6 +189,15 @@ class StripeFake:
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),
         }  # fmt: skip
         return about
+
+
+def confirmed(intent: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """A payment that is tried with its card."""
+    if refused := CARDS.get(intent.get("payment_method", "")):
+        intent.update(status="requires_payment_method", amount_received=0, last_payment_error=refused)
+        return error(402, "card_error", **refused, payment_intent=dict(intent))
+    intent.update(status="succeeded", amount_received=intent.get("amount", 0))
+    return 200, dict(intent)
 
 
 def error(status: int, kind: str, **more: Any) -> tuple[int, dict[str, Any]]:

@@ -120,6 +120,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "list_purchases": {"account_id": "alpha", "max_rows": 5},
     "purchase_totals": {"group_by": "package"},
     "refresh_subscription": {"account_id": "gamma"},
+    "set_auto_topup": {
+        "account_id": "delta", "threshold": 5, "package": "starter", "monthly_cap": 5000, "daily_cap": 2000,
+    },
+    "get_auto_topup": {"account_id": "delta"},
+    "remove_auto_topup": {"account_id": "delta"},
+    "run_auto_topups": {"max_accounts": 5},
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
@@ -271,6 +277,12 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("create_checkout", "cancel_url"): {**ADDRESS, INVALID: ADDRESS[INVALID][1:]},
     ("create_portal_session", "return_url"): ADDRESS,
     ("get_checkout", "key"): {INVALID: KEY[INVALID], (404, "checkout_not_found"): ["unknown", "Checkout"]},
+    ("set_auto_topup", "threshold"): AMOUNT,
+    ("set_auto_topup", "package"): {(404, "package_not_found"): [None, "", "unknown", "Starter", LONG]},
+    ("set_auto_topup", "monthly_cap"): {INVALID: [None, 0, -1, 999]},
+    ("set_auto_topup", "daily_cap"): {INVALID: [0, -1, 999]},
+    ("set_auto_topup", "cool_down"): {INVALID: [timedelta(0), -DAY, timedelta(seconds=59), 31 * DAY]},
+    ("run_auto_topups", "max_accounts"): {INVALID: [None, 0, -1, 10_001, 2**31 - 1]},
     ("request_refund", "purchase_id"): {(404, "purchase_not_found"): [None, 0, -1, 2**63 - 1]},
     ("request_refund", "amount"): {NO_AMOUNT: [0, -1, 1001, 2**63 - 1]},
     ("list_purchases", "account_id"): {
@@ -328,6 +340,11 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("list_purchases", "max_rows"): NOT_A_NUMBER,
     ("purchase_totals", "since"): NOT_A_TIME,
     ("purchase_totals", "until"): NOT_A_TIME,
+    ("set_auto_topup", "threshold"): NOT_A_NUMBER,
+    ("set_auto_topup", "monthly_cap"): NOT_A_NUMBER,
+    ("set_auto_topup", "daily_cap"): NOT_A_NUMBER,
+    ("set_auto_topup", "cool_down"): NOT_A_TIME,
+    ("run_auto_topups", "max_accounts"): NOT_A_NUMBER,
     ("create_checkout", "quantity"): NOT_A_NUMBER,
     ("set_low_balance_alert", "threshold"): NOT_A_NUMBER,
     ("complete_notification", "status"): NOT_A_NUMBER,
@@ -366,6 +383,10 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.tell("customer.subscription.created", lives)
     ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
     ledger.claim_notifications(1)
+    ledger.open("delta", 100)
+    card = {"default_payment_method": "pm_4"}
+    named = {"id": "cus_4", "object": "customer", "metadata": {"account_id": "delta"}, "invoice_settings": card}
+    ledger.tell("customer.created", named)
     return ledger
 
 
