@@ -263,3 +263,12 @@ class Client:
 
     def create_portal_session(self, account_id: str | None, return_url: str | None, **more: Any) -> Any:
         return self.row("create_portal_session", account_id=account_id, return_url=return_url, **more)
+
+    def reconcile_stripe(self, **more: Any) -> Any:
+        return self.row("reconcile_stripe", **more)
+
+    def get_reconciliation(self, **more: Any) -> Any:
+        return self.row("get_reconciliation", **more)
+
+    def list_stripe_gaps(self, **more: Any) -> list[Any]:
+        return self.rows("list_stripe_gaps", **more)
