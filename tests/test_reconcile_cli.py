@@ -60,7 +60,7 @@ def test_what_never_arrived_is_shown_and_then_repaired(database: Database, fake:
         repaired = command(database, fake, "--since", "7d", "--repair")
         assert repaired.exit_code == 0, repaired.output
         assert "7 compared, 7 had not arrived; 6 repaired, 0 under way, 0 remain, 1 of others." in repaired.output
-        assert "purchase_missing" in repaired.output
+        assert "cs_4" in repaired.output
         assert ledger.available() == 4500
         assert_sound(ledger)
         again = command(database, fake)
