@@ -225,7 +225,15 @@ def stripe_reconcile(
     table = Table("object", "what", "state", "account", "amount", "made", "why")
     for gap in gaps:
         amount = "" if gap["amount"] is None else f"{gap['amount']} {gap['currency']}"
-        shown = (gap["object_id"], gap["gap"], gap["state"], gap["account_id"], amount, gap["created_at"], gap["reason"])
+        shown = (
+            gap["object_id"],
+            gap["gap"],
+            gap["state"],
+            gap["account_id"],
+            amount,
+            gap["created_at"],
+            gap["reason"],
+        )
         table.add_row(*(str(value) if value is not None else "" for value in shown))
     if gaps:
         console.print(table)

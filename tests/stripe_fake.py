@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "billing_portal/sessions": ("billing_portal.session", "bps", {}),
     "payment_intents": ("payment_intent", "pi", {"status": "requires_confirmation", "client_secret": "pi_secret"}),
     "invoices": ("invoice", "in", {"status": "draft"}),
+    "charges": ("charge", "ch", {"captured": True}),
     "refunds": ("refund", "re", {"status": "succeeded", "currency": "usd"}),
     "subscriptions": ("subscription", "sub", {"status": "active", "cancel_at_period_end": False}),
 }

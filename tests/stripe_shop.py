@@ -75,11 +75,18 @@ class Shop(StripeFake):
         session["customer"] = session.get("customer") or self._new("customer", "cus", {"metadata": session["metadata"]})
         money = {name: session[name] for name in ("customer", "metadata")}
         money |= {"amount": session["amount_total"], "currency": session["currency"]}
-        intent = self._new("payment_intent", "pi", {**money, "status": "processing" if how == "unpaid" else "succeeded"})
+        intent = self._new(
+            "payment_intent", "pi", {**money, "status": "processing" if how == "unpaid" else "succeeded"}
+        )
         session |= {"status": "complete", "payment_status": how, "payment_intent": intent, "url": None}
         self._told.append(("checkout.session.completed", session["id"]))
         if how == "paid":
-            captured = {"amount_captured": money["amount"], "amount_refunded": 0, "captured": True, "payment_intent": intent}
+            captured = {
+                "amount_captured": money["amount"],
+                "amount_refunded": 0,
+                "captured": True,
+                "payment_intent": intent,
+            }
             charge = self._new("charge", "ch", {**money, **captured, "status": "succeeded"})
             self.objects[intent]["latest_charge"] = charge
             self._told += [("payment_intent.succeeded", intent), ("charge.succeeded", charge)]

@@ -269,7 +269,9 @@ class Objects:
             found = [one for one in known if one and one["payment"]["payment_intent"] == intent]
             return 200, self.page_of(found, path, params)
         if kind := LISTS.get(path):
-            found = [one for name in reversed(self.versions) if (one := self.current(name, at)) and one["object"] == kind]
+            found = [
+                one for name in reversed(self.versions) if (one := self.current(name, at)) and one["object"] == kind
+            ]
             return 200, self.page_of([one for one in found if listed(one, params)], path, params)
         *_, parent, last = path.split("/")
         if last == "lines" and self.current(parent, at):

@@ -58,7 +58,9 @@ def until(what: Callable[[], Any], patience: float = 20) -> Any:
 
 
 def post(peer: httpx.Client, path: str, **form: str) -> Any:
-    answer = peer.post(path, data={name.replace("__", "[", 1) + ("]" if "__" in name else ""): form[name] for name in form})
+    answer = peer.post(
+        path, data={name.replace("__", "[", 1) + ("]" if "__" in name else ""): form[name] for name in form}
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -87,15 +89,19 @@ def state(ledger: Ledger) -> Any:
 
 @pytest.mark.parametrize("server", ["pg18"], indirect=True)
 def test_the_life_of_a_customer_at_another_stripe(database: Database, peer: httpx.Client) -> None:
-    with committed(database) as ledger, Door(
-        database.dsn, role=ROLE, stripe_key=KEY, stripe_api_base=str(peer.base_url).rstrip("/")
-    ) as door:
+    with (
+        committed(database) as ledger,
+        Door(database.dsn, role=ROLE, stripe_key=KEY, stripe_api_base=str(peer.base_url).rstrip("/")) as door,
+    ):
         ledger.load_demo_catalog()
         ledger.change(
             "insert into credits.plans (code, name, monthly_credits, stripe_price_ids) values ('basic', 'Basic', 0, '{plan_basic}')"
         )
         ledger.open_account("alpha", email="alpha@example.com")
-        peer.post("/_config/webhooks/door", data={"url": f"http://127.0.0.1:{door.port}/webhooks/stripe/default", "secret": SECRET})
+        peer.post(
+            "/_config/webhooks/door",
+            data={"url": f"http://127.0.0.1:{door.port}/webhooks/stripe/default", "secret": SECRET},
+        )
 
         customer = done(ledger, ledger.row("get_or_create_stripe_customer", user_id="alpha").request_id)["id"]
         assert ledger.row("get_or_create_stripe_customer", user_id="alpha").customer_id == customer
@@ -134,7 +140,14 @@ def test_the_life_of_a_customer_at_another_stripe(database: Database, peer: http
             % (customer, card),
         )  # fmt: skip
         assert intent["status"] == "succeeded"
-        bought = paid("alpha", customer=customer, payment_intent=intent["id"], amount_total=1000, amount_subtotal=1000, currency="usd")
+        bought = paid(
+            "alpha",
+            customer=customer,
+            payment_intent=intent["id"],
+            amount_total=1000,
+            amount_subtotal=1000,
+            currency="usd",
+        )
         assert door.post(bought).json()["outcome"] == "applied"
         assert ledger.available() == 1700
         (purchase,) = ledger.list_purchases(account_id="alpha")
@@ -149,10 +162,17 @@ def test_the_life_of_a_customer_at_another_stripe(database: Database, peer: http
         payment = payment if isinstance(payment, str) else payment["id"]
         refund = post(peer, "/v1/refunds", payment_intent=payment)["id"]
         ask(ledger, "_request_object('refund', %s)", refund)
-        until(lambda: ledger.sums() == (300, 0, 300, 0))  # 700 of the month; the 300 spent are owed, and paid by the rest
+        until(
+            lambda: ledger.sums() == (300, 0, 300, 0)
+        )  # 700 of the month; the 300 spent are owed, and paid by the rest
         ledger.cancel_plan("alpha", at="now")
         until(lambda: state(ledger) in {"canceled", "none"})
-        until(lambda: "customer.subscription.deleted" in {row.type for row in ledger.table("stripe_events", "status = 'applied'")})
+        until(
+            lambda: (
+                "customer.subscription.deleted"
+                in {row.type for row in ledger.table("stripe_events", "status = 'applied'")}
+            )
+        )
 
         assert ledger.table("stripe_events", "status in ('parked', 'failed')") == []
         assert {row.state for row in ledger.table("stripe_requests")} == {"done"}

@@ -44,7 +44,11 @@ def kept(ledger: Ledger, request_id: int) -> Any:
 
 
 def answer(ledger: Ledger, request_id: int, *found: Json, status: int = 200, has_more: bool = False) -> str:
-    body = {"object": "list", "data": [*found], "has_more": has_more} if status == 200 else {"error": {"type": "api_error"}}
+    body = (
+        {"object": "list", "data": [*found], "has_more": has_more}
+        if status == 200
+        else {"error": {"type": "api_error"}}
+    )
     state: str = ledger.complete_stripe_request(request_id, status, json.dumps(body)).state
     return state
 
@@ -154,7 +158,10 @@ def test_a_checkout_is_found_or_has_failed(ledger: Ledger) -> None:
     )  # fmt: skip
     with ledger.conn.transaction(force_rollback=True):
         assert answer(ledger, look.request_id, opened) == "done"
-        assert (ledger.get_checkout("alpha", "k").state, ledger.get_checkout("alpha", "k").url) == ("done", "https://pay")
+        assert (ledger.get_checkout("alpha", "k").state, ledger.get_checkout("alpha", "k").url) == (
+            "done",
+            "https://pay",
+        )
     assert answer(ledger, look.request_id) == "done"
     assert (ledger.get_checkout("alpha", "k").state, ledger.claim_stripe_requests()) == ("failed", [])
     assert [row.status for row in ledger.list_purchases(account_id="alpha")] == ["failed", "completed"]
@@ -178,7 +185,11 @@ def test_a_refund_that_is_made_again_by_hand_counts_again(ledger: Ledger) -> Non
     ledger.complete_stripe_request(number, 400, '{"error": {"type": "invalid_request_error"}}')
     assert (refund(ledger).state, refund(ledger).refundable) == ("failed", 1000)
     again = ledger.retry_stripe_request(number)
-    assert (refund(ledger).state, refund(ledger).request_id, refund(ledger).refundable) == ("queued", again.request_id, 600)
+    assert (refund(ledger).state, refund(ledger).request_id, refund(ledger).refundable) == (
+        "queued",
+        again.request_id,
+        600,
+    )
     ledger.claim_stripe_requests()
     ledger.complete_stripe_request(again.request_id, 400, '{"error": {"type": "invalid_request_error"}}')
     refund(ledger, "all", 700)

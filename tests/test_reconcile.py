@@ -121,8 +121,14 @@ def test_a_gap_that_the_event_closes_has_arrived(ledger: Ledger) -> None:
 
 def test_objects_of_others_are_told_as_such(ledger: Ledger) -> None:
     world = World()
-    world.put("checkout.session", "cs_9", **session("cs_9", customer="cus_9", metadata={}, client_reference_id="order 7"))
-    world.put("checkout.session", "cs_8", **session("cs_8", customer="cus_8", metadata={"account_id": "nobody", "package": "starter"}))
+    world.put(
+        "checkout.session", "cs_9", **session("cs_9", customer="cus_9", metadata={}, client_reference_id="order 7")
+    )
+    world.put(
+        "checkout.session",
+        "cs_8",
+        **session("cs_8", customer="cus_8", metadata={"account_id": "nobody", "package": "starter"}),
+    )
     row = run(ledger, world, repair=True)
     assert gaps(ledger) == [("cs_8", "purchase_missing", "repairing"), ("cs_9", "purchase_missing", "foreign")]
     assert row.foreign_objects == 1
@@ -219,7 +225,9 @@ def test_repairs_and_their_events_at_once_grant_once(database: Database) -> None
         ledger.reconcile_stripe(repair=True)
 
         def bring(request: Any, on: Ledger) -> None:
-            on.complete_stripe_request(request.request_id, 200, json.dumps(world.get(request.path, request.params, 2**40)[1]))
+            on.complete_stripe_request(
+                request.request_id, 200, json.dumps(world.get(request.path, request.params, 2**40)[1])
+            )
 
         def tell(payload: str, on: Ledger) -> None:
             on.receive_stripe_event("default", payload)
@@ -232,11 +240,16 @@ def test_repairs_and_their_events_at_once_grant_once(database: Database) -> None
                 else:
                     requests.append(request)
         assert len(requests + ledger.claim_stripe_requests()) == 4
-        together(database, [*(partial(bring, one) for one in requests), *(partial(tell, one.payload) for one in world.events)])
+        together(
+            database,
+            [*(partial(bring, one) for one in requests), *(partial(tell, one.payload) for one in world.events)],
+        )
         for _ in range(5):
             for request in ledger.table("stripe_requests", "state = 'queued'"):
                 bring(request, ledger)
-            ledger.change("update credits.stripe_events set next_attempt_at = credits.now() where status in ('parked', 'failed')")
+            ledger.change(
+                "update credits.stripe_events set next_attempt_at = credits.now() where status in ('parked', 'failed')"
+            )
             ledger.process_stripe_events()
         (granted,) = ledger.table("grants", "account_id = 'beta'")  # its month is still to come
         assert (ledger.available("alpha"), granted.amount) == (500, 1000)
