@@ -112,8 +112,8 @@ class Shop(StripeFake):
         told, self._told = self._told, []
         for number, (event_type, about) in enumerate(told):
             event = {
-                "id": f"evt_{time.time_ns()}_{number}", "object": "event", "type": event_type, "created": int(time.time()),
-                "livemode": False, "data": {"object": self.objects[about]},
+                "id": f"evt_{time.time_ns()}_{number}", "object": "event", "type": event_type, "livemode": False,
+                "created": int(time.time()), "data": {"object": self.objects[about]},
             }  # fmt: skip
             await anyio.to_thread.run_sync(self._post, json.dumps(event).encode())
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from door import SECRET, Door, paid
 from ledger_support import Ledger, assert_sound, committed
+from psycopg.types.json import Jsonb
 from servers import Database
 
 KEY = "sk_test_12345"
@@ -95,7 +96,8 @@ def test_the_life_of_a_customer_at_another_stripe(database: Database, peer: http
     ):
         ledger.load_demo_catalog()
         ledger.change(
-            "insert into credits.plans (code, name, monthly_credits, stripe_price_ids) values ('basic', 'Basic', 0, '{plan_basic}')"
+            "insert into credits.plans (code, name, monthly_credits, stripe_price_ids) "
+            "values ('basic', 'Basic', 0, '{plan_basic}')"
         )
         ledger.open_account("alpha", email="alpha@example.com")
         peer.post(
@@ -134,11 +136,12 @@ def test_the_life_of_a_customer_at_another_stripe(database: Database, peer: http
         until(lambda: state(ledger) == "canceling")
         ledger.resume_plan("alpha")
         until(lambda: state(ledger) == "active")
+        charge = {"customer": customer, "payment_method": card, "amount": 1000, "currency": "usd", "confirm": True}
         intent = ask(
-            ledger, "_request('test', 'alpha', 'post', '/v1/payment_intents', %s::jsonb)",
-            '{"amount": 1000, "currency": "usd", "customer": "%s", "payment_method": "%s", "confirm": true, "off_session": true}'
-            % (customer, card),
-        )  # fmt: skip
+            ledger,
+            "_request('test', 'alpha', 'post', '/v1/payment_intents', %s)",
+            Jsonb({**charge, "off_session": True}),
+        )
         assert intent["status"] == "succeeded"
         bought = paid(
             "alpha",

@@ -153,8 +153,8 @@ def test_a_checkout_is_found_or_has_failed(ledger: Ledger) -> None:
     look = lose(ledger, asked.request_id)
     assert look.path == "/v1/checkout/sessions"
     opened = session(
-        "cs_2", status="open", payment_status="unpaid", url="https://pay", metadata=kept(ledger, asked.request_id).params["metadata"],
-        expires_at=int((ledger.now + HOUR).timestamp()),
+        "cs_2", status="open", payment_status="unpaid", url="https://pay",
+        metadata=kept(ledger, asked.request_id).params["metadata"], expires_at=int((ledger.now + HOUR).timestamp()),
     )  # fmt: skip
     with ledger.conn.transaction(force_rollback=True):
         assert answer(ledger, look.request_id, opened) == "done"

@@ -1,11 +1,10 @@
 """pgcredits stripe reconcile, against a server that speaks as Stripe does."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from ledger_support import Ledger, assert_sound, committed, session
+from ledger_support import assert_sound, committed, session
 from servers import Database
 from stripe_fake import KEY, StripeFake
 from typer.testing import CliRunner, Result
@@ -45,8 +44,8 @@ def test_what_never_arrived_is_shown_and_then_repaired(database: Database, fake:
             sell(fake, number)
         sell(fake, 9, metadata={}, customer="cus_9")
         fake.objects["re_1"] = {
-            "id": "re_1", "object": "refund", "created": 2_000_000_000, "amount": 500, "currency": "usd", "charge": "ch_1",
-            "payment_intent": "pi_1", "status": "succeeded", "metadata": {},
+            "id": "re_1", "object": "refund", "created": 2_000_000_000, "amount": 500, "currency": "usd",
+            "charge": "ch_1", "payment_intent": "pi_1", "status": "succeeded", "metadata": {},
         }  # fmt: skip
         fake.objects["ch_1"] = {
             "id": "ch_1", "object": "charge", "created": 2_000_000_000, "amount": 1000, "amount_captured": 1000,
@@ -64,9 +63,8 @@ def test_what_never_arrived_is_shown_and_then_repaired(database: Database, fake:
         assert ledger.available() == 4500
         assert_sound(ledger)
         again = command(database, fake)
-        assert (again.exit_code, "1 had not arrived; 0 repaired, 0 under way, 0 remain, 1 of others." in again.output) == (
-            0, True,
-        )  # fmt: skip
+        assert again.exit_code == 0
+        assert "1 had not arrived; 0 repaired, 0 under way, 0 remain, 1 of others." in again.output
 
 
 def test_what_cannot_be_done_is_said(database: Database, fake: StripeFake) -> None:
@@ -75,7 +73,6 @@ def test_what_cannot_be_done_is_said(database: Database, fake: StripeFake) -> No
     with committed(database) as ledger:
         ledger.load_demo_catalog()
         sell(fake, 1, metadata={"account_id": "nobody", "package": "starter"})
-        fake.objects["cs_1"]["payment_intent"] = json.loads("null")
         late = command(database, fake, "--repair", "--patience", "2")
         assert late.exit_code == 1
         assert "1 under way" in late.output

@@ -55,7 +55,7 @@ def test_a_newcomer_gets_through_with_the_page_alone(database: Database) -> None
     assert len(lines) > 15
     with committed(database) as ledger:
         ledger.load_demo_catalog()
-        # The door must know where the shop is, and the shop where the door is: as on the page, both ports are agreed on.
+        # The shop must know a door, and the door that works the shop: here they are two doors of one database.
         with (
             Door(database.dsn, webhook_secrets={"": (SECRET,)}) as probe,
             shop(f"127.0.0.1:{probe.port}") as at,
