@@ -225,16 +225,9 @@ def stripe_reconcile(
     table = Table("object", "what", "state", "account", "amount", "made", "why")
     for gap in gaps:
         amount = "" if gap["amount"] is None else f"{gap['amount']} {gap['currency']}"
-        shown = (
-            gap["object_id"],
-            gap["gap"],
-            gap["state"],
-            gap["account_id"],
-            amount,
-            gap["created_at"],
-            gap["reason"],
-        )
-        table.add_row(*(str(value) if value is not None else "" for value in shown))
+        names = ("object_id", "gap", "state", "account_id", "created_at", "reason")
+        object_id, gap_, state, account_id, made, why = (str(gap[name] or "") for name in names)
+        table.add_row(object_id, gap_, state, account_id, amount, made, why)
     if gaps:
         console.print(table)
     print(

@@ -322,6 +322,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     lives = {"id": "sub_3", "object": "subscription", "status": "active", "metadata": {"account_id": "gamma"}}
     ledger.tell("customer.subscription.created", lives)
     ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
+    ledger.reconcile_stripe()
     return ledger
 
 
@@ -333,7 +334,7 @@ def good(ledger: Ledger, verb: str) -> dict[str, Any]:
     elif verb == "request_refund":
         arguments["purchase_id"] = ledger.table("purchases", "status = 'completed'")[0].purchase_id
     elif "run_id" in arguments:
-        arguments["run_id"] = ledger.reconcile_stripe().run_id
+        arguments["run_id"] = ledger.get_reconciliation().run_id
     elif verb == "complete_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests")[0].request_id
     elif verb == "retry_stripe_request":
