@@ -1,5 +1,6 @@
 -- What each family of Stripe's events does, and the rows that name its function. object.* are answers that tell of an object;
--- answer.<purpose> takes the answers to our requests of a purpose, failed.<purpose> hears of those that came to nothing.
+-- answer.<purpose> takes the answers to our requests of a purpose, failed.<purpose> hears of those that came to nothing,
+-- again.<purpose> of those that are asked anew.
 -- A handler takes a notice and answers applied or ignored with a reason and its effects, or parks. It acts on the object,
 -- not on the name of the event: several types tell of one fact, and each may come late.
 
@@ -92,7 +93,13 @@ with listed (event_type, handler) as (values
   ('object.invoice_payments',                     '_on_list'),
   ('v2.core.event',                               '_on_thin_event'),
   ('failed.checkout',                             '_on_failed_checkout'),
-  ('failed.top_up',                               '_on_failed_top_up')
+  ('failed.top_up',                               '_on_failed_top_up'),
+  ('again.checkout',                              '_on_checkout_again'),
+  ('again.refund',                                '_on_refund_again'),
+  ('answer.lookup',                               '_on_lookup'),
+  ('failed.lookup',                               '_on_failed_lookup'),
+  ('answer.reconcile',                            '_on_page'),
+  ('failed.reconcile',                            '_on_failed_page')
 ), summed (event_type, handler, summary) as (
   select l.event_type, l.handler, s.summary
     from listed l
@@ -114,8 +121,13 @@ with listed (event_type, handler) as (values
       ('_on_list',             'Keeps the rest of a list that did not fit into an event.'),
       ('_on_thin_event',       'Retrieves the object that it names.'),
       ('_on_failed_checkout',  'Closes the purchase that was to be paid there.'),
-      ('_on_failed_top_up',    'Closes the attempt; lets the card rest, or pauses the rule.')) s (handler, summary)
-      on s.handler = l.handler
+      ('_on_failed_top_up',    'Closes the attempt; lets the card rest, or pauses the rule.'),
+      ('_on_checkout_again',   'Opens that purchase again.'),
+      ('_on_refund_again',     'Holds its amount back again.'),
+      ('_on_lookup',           'Finds what an unknown request has made, or that it never did.'),
+      ('_on_failed_lookup',    'Leaves the unknown request to a person.'),
+      ('_on_page',             'Compares what is listed with what is known.'),
+      ('_on_failed_page',      'Ends the run.')) s (handler, summary) on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
   select s.event_type, s.handler, s.summary from summed s

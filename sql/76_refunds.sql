@@ -154,3 +154,28 @@ begin
      where r.refund_request_id = (_note_refund.refund).refund_request_id and r.refund_id is null;
   end if;
 end $$;
+
+-- Asked again, it counts again; what other refunds have taken meanwhile is gone.
+create or replace function credits._on_refund_again(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+declare
+  v_request credits.stripe_requests := credits._answered(_on_refund_again.notice);
+  v_refund  credits.refund_requests;
+  v_left    bigint;
+begin
+  perform credits._lock_account(v_request.account_id);
+  select r.* into v_refund from credits.refund_requests r where r.refund_request_id = v_request.ref;
+  select credits._refundable(p) into v_left
+    from credits.purchases p
+   where p.account_id = v_refund.account_id and p.purchase_id = v_refund.purchase_id;
+  if v_refund.refund_id is not null or v_left < v_refund.amount then
+    perform credits._fail(422, 'invalid_amount', jsonb_build_object('amount', v_refund.amount, 'refundable', v_left),
+      'It was made after all, or so much is not left of what was paid.');
+  end if;
+  update credits.refund_requests r
+     set request_id = v_request.request_id
+   where r.refund_request_id = v_refund.refund_request_id;
+  return credits._applied();
+end $$;

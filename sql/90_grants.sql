@@ -31,7 +31,8 @@ grant execute on function
   credits.claim_notifications, credits.complete_notification, credits.list_notifications, credits.replay_notification,
   credits.retry_notifications, credits.purge_notifications,
   credits.set_auto_topup, credits.get_auto_topup, credits.remove_auto_topup, credits.run_auto_topups,
-  credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription
+  credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
+  credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps
 to credits_service;
 
 grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,

@@ -327,3 +327,11 @@ class Client:
     def purge_notifications(self, **more: Any) -> int:
         value: int = self.row("purge_notifications", **more)[0]
         return value
+    def reconcile_stripe(self, **more: Any) -> Any:
+        return self.row("reconcile_stripe", **more)
+
+    def get_reconciliation(self, **more: Any) -> Any:
+        return self.row("get_reconciliation", **more)
+
+    def list_stripe_gaps(self, **more: Any) -> list[Any]:
+        return self.rows("list_stripe_gaps", **more)

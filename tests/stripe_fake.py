@@ -32,6 +32,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "checkout/sessions": ("checkout.session", "cs_test", {"status": "open", "payment_status": "unpaid"}),
     "billing_portal/sessions": ("billing_portal.session", "bps", {}),
     "payment_intents": ("payment_intent", "pi", {"status": "requires_confirmation", "client_secret": "pi_secret"}),
+    "invoices": ("invoice", "in", {"status": "draft"}),
+    "charges": ("charge", "ch", {"captured": True}),
     "refunds": ("refund", "re", {"status": "succeeded", "currency": "usd"}),
     "subscriptions": ("subscription", "sub", {"status": "active", "cancel_at_period_end": False}),
 }
@@ -80,6 +82,7 @@ class StripeFake:
     """The server, while the block lasts. Its attributes are looked at and changed by the test at any time."""
 
     latency: Callable[[], float] = lambda: 0.0  # seconds before each effect, during which its key is in use
+    page: int = 100  # objects that a list shows at once at most
     hang: float = 5.0  # seconds of an answer that comes too late
     calls: list[Call] = field(default_factory=list)
     effects: Counter[str] = field(default_factory=Counter)  # how often each idempotency key had its effect
@@ -169,8 +172,7 @@ class StripeFake:
         kind, prefix, new = KINDS[found[1]]
         about: str = found[2] or (self._new(kind, prefix, new) if call.method == "POST" else "")
         if not about:
-            listed = [one for one in self.objects.values() if one["object"] == kind]
-            return 200, {"object": "list", "url": call.path, "has_more": False, "data": listed}
+            return 200, self._list(kind, call)
         if about not in self.objects:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]
@@ -181,6 +183,19 @@ class StripeFake:
             if call.path.endswith("/cancel"):
                 known["status"] = "canceled"
         return confirmed(known) if kind == "payment_intent" and "confirm" in call.params else (200, dict(known))
+
+    def _list(self, kind: str, call: Call) -> dict[str, Any]:
+        """A page of the objects of a kind, the latest first, narrowed by the parameters that are fields of them."""
+        asked = dict(call.params)
+        limit, after = int(asked.pop("limit", 10)), asked.pop("starting_after", None)
+        since = int(asked.pop("created", {}).get("gte", 0))
+        found = [
+            one for one in reversed(self.objects.values())
+            if one["object"] == kind and one["created"] >= since and all(one.get(name) == asked[name] for name in asked)
+        ]  # fmt: skip
+        first = 1 + [one["id"] for one in found].index(after) if after else 0
+        page = found[first : first + min(limit, self.page)]
+        return {"object": "list", "url": call.path, "has_more": first + len(page) < len(found), "data": page}
 
     def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
         about = f"{prefix}_{next(self._numbers)}"

@@ -126,6 +126,9 @@ GOOD: dict[str, dict[str, Any]] = {
     "get_auto_topup": {"account_id": "delta"},
     "remove_auto_topup": {"account_id": "delta"},
     "run_auto_topups": {"max_accounts": 5},
+    "reconcile_stripe": {"since": NOON - DAY},
+    "get_reconciliation": {"run_id": 0},
+    "list_stripe_gaps": {"run_id": 0, "max_rows": 5},
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
@@ -242,6 +245,10 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("set_stripe_endpoint", "mode"): {INVALID: [None, "", "LIVE", "test", LONG]},
     ("claim_stripe_requests", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("complete_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("reconcile_stripe", "since"): {INVALID: [NOON + DAY, "infinity", "-infinity", "1969-12-31"]},
+    ("get_reconciliation", "run_id"): {(404, "reconciliation_not_found"): [-1, 2**63 - 1]},
+    ("list_stripe_gaps", "run_id"): {(404, "reconciliation_not_found"): [-1, 2**63 - 1]},
+    ("list_stripe_gaps", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("retry_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
     ("change_plan", "plan"): {(404, "plan_not_found"): [None, "", "platinum", LONG]},
     ("change_plan", "at"): {INVALID: [None, "", "later", "NOW", LONG]},
@@ -330,6 +337,8 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("complete_stripe_request", "request_id"): NOT_A_NUMBER,
     ("complete_stripe_request", "attempt"): NOT_A_NUMBER,
     ("retry_stripe_request", "request_id"): NOT_A_NUMBER,
+    ("reconcile_stripe", "since"): NOT_A_TIME,
+    ("list_stripe_gaps", "run_id"): NOT_A_NUMBER,
     ("complete_stripe_request", "status"): NOT_A_NUMBER,
     ("complete_stripe_request", "headers"): NOT_A_NUMBER,
     ("add_subscription_credits", "credits"): NOT_A_NUMBER,
@@ -387,6 +396,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     card = {"default_payment_method": "pm_4"}
     named = {"id": "cus_4", "object": "customer", "metadata": {"account_id": "delta"}, "invoice_settings": card}
     ledger.tell("customer.created", named)
+    ledger.reconcile_stripe()
     return ledger
 
 
@@ -397,6 +407,8 @@ def good(ledger: Ledger, verb: str) -> dict[str, Any]:
         arguments["grant_id"] = ledger.table("grants", "account_id = 'alpha'")[0].grant_id
     elif verb == "request_refund":
         arguments["purchase_id"] = ledger.table("purchases", "status = 'completed'")[0].purchase_id
+    elif "run_id" in arguments:
+        arguments["run_id"] = ledger.get_reconciliation().run_id
     elif verb == "complete_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests")[0].request_id
     elif verb == "replay_notification":
@@ -479,10 +491,12 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
         "worker", "stripe_version", "attempt", "not_sent",
         "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled",
+        "save_card", "allow_promotion_codes", "repair", "state", "after",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
     known -= {("check_access", "quality"), ("check_access", "model")}  # a gate, not an error
+    known |= {("reconcile_stripe", "since")}
     known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
     known |= {("set_notification_endpoint", "kinds"), ("retry_notifications", "target")}  # likewise
     known -= {
