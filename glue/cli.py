@@ -244,6 +244,8 @@ def notify_list(
             escape("\n".join(deliveries)),
         )  # fmt: skip
     console.print(table)
+
+
 @stripe_cli.command("reconcile")
 def stripe_reconcile(
     dsn: Dsn = "",

@@ -327,6 +327,7 @@ class Client:
     def purge_notifications(self, **more: Any) -> int:
         value: int = self.row("purge_notifications", **more)[0]
         return value
+
     def reconcile_stripe(self, **more: Any) -> Any:
         return self.row("reconcile_stripe", **more)
 
