@@ -91,7 +91,10 @@ with listed (event_type, handler) as (values
   ('object.line_items',                           '_on_list'),
   ('object.invoice_payments',                     '_on_list'),
   ('v2.core.event',                               '_on_thin_event'),
-  ('failed.checkout',                             '_on_failed_checkout')
+  ('failed.checkout',                             '_on_failed_checkout'),
+  ('answer.publish',                              '_on_published'),
+  ('failed.publish',                              '_on_failed_publish'),
+  ('answer.sync',                                 '_on_catalog_page')
 ), summed (event_type, handler, summary) as (
   select l.event_type, l.handler, s.summary
     from listed l
@@ -112,7 +115,10 @@ with listed (event_type, handler) as (values
       ('_on_payment_method',   'Mirrors it; keeps the default card of its customer.'),
       ('_on_list',             'Keeps the rest of a list that did not fit into an event.'),
       ('_on_thin_event',       'Retrieves the object that it names.'),
-      ('_on_failed_checkout',  'Closes the purchase that was to be paid there.')) s (handler, summary) on s.handler = l.handler
+      ('_on_failed_checkout',  'Closes the purchase that was to be paid there.'),
+      ('_on_published',        'Mirrors it, keeps its id in the catalogue, and goes on with what it sells.'),
+      ('_on_failed_publish',   'Looks for a product that is there already.'),
+      ('_on_catalog_page',     'Mirrors each product or price, and asks for the next page.')) s (handler, summary) on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
   select s.event_type, s.handler, s.summary from summed s

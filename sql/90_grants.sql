@@ -26,7 +26,8 @@ grant execute on function
   credits.archive_stripe_events, credits.set_stripe_endpoint,
   credits.claim_stripe_requests, credits.complete_stripe_request, credits.retry_stripe_request,
   credits.create_checkout, credits.get_checkout, credits.create_portal_session,
-  credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription
+  credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
+  credits.publish_catalog, credits.sync_catalog, credits.get_catalog_sync, credits.stripe_catalog_differences
 to credits_service;
 
 grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,
