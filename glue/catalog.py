@@ -154,14 +154,15 @@ def apply(conn: Connection[Any], document: Document, *, dry_run: bool) -> list[s
 def _difference(change: str, path: str, before: Any, after: Any) -> str:
     head = f"{change:<11}  {path}"
     if change == "changed":
-        return f"{head}: {_short(before)} -> {_short(after)}"
+        return f"{head}: {short(before)} -> {short(after)}"
     value = after if change == "added" else before
     if change == "deactivated" or (isinstance(value, dict) and not path.startswith("rates.")):
         return head
-    return f"{head}: {_short(value)}"
+    return f"{head}: {short(value)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in one line, as YAML."""
     text = _dumped(value, default_flow_style=True, width=sys.maxsize)
     return text.removesuffix("...\n").strip()
 

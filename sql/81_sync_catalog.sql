@@ -191,7 +191,7 @@ begin
   end loop;
   perform credits._note_sold_prices();
   perform credits._bind_known();
-  perform credits._publish_next(t.section, t.code, case when v_listed and cardinality(v_parts) = 0 then v_request.ref end,
+  perform credits._publish_next(t.section, t.code, case when v_listed then v_request.ref end,
                                 case when v_request.method = 'post' then v_request.ref end)
      from credits._things_of(v_request.ref) t;
   return credits._applied();

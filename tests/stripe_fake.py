@@ -161,23 +161,56 @@ class StripeFake:
             declined = error(402, "card_error", code="card_declined", payment_intent=intent)
             return declined if call.fault == "402" else error(500, "api_error")
         kind, prefix, new = KINDS[found[1]]
-        about: str = found[2] or (self._new(kind, prefix, new) if call.method == "POST" else "")
+        if call.method == "POST" and not found[2] and (refused := self._conflict(call.params)):
+            return refused
+        about: str = found[2] or (self._new(kind, prefix, new, call.params.get("id")) if call.method == "POST" else "")
         if not about:
-            listed = [one for one in self.objects.values() if one["object"] == kind]
-            return 200, {"object": "list", "url": call.path, "has_more": False, "data": listed}
+            return 200, {"object": "list", "url": call.path, **self._page(kind, call.params)}
         if about not in self.objects:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]
         if call.method == "DELETE":
             known.update({"status": "canceled"} if kind == "subscription" else {"deleted": True})
         elif call.method == "POST":
-            known.update(typed(call.params))
+            if metadata := call.params.get("metadata"):  # which are merged
+                metadata = {**known["metadata"], **metadata}
+            known.update(typed(call.params) | ({"metadata": metadata} if metadata else {}))
+            if kind == "price":
+                known["type"] = "recurring" if "recurring" in known else "one_time"
+                known.pop("transfer_lookup_key", None)
             if kind == "payment_intent" and "confirm" in call.params:
                 known["status"] = "succeeded"
         return 200, dict(known)
 
-    def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
-        about = f"{prefix}_{next(self._numbers)}"
+    def _conflict(self, params: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """An id or a lookup key that is taken; of the latter, unless it is to move."""
+        if params.get("id") in self.objects:
+            return error(400, "invalid_request_error", code="resource_already_exists", message="It exists already.")
+        key = params.get("lookup_key")
+        holders = [one for one in self.objects.values() if key and one.get("lookup_key") == key]
+        if holders and params.get("transfer_lookup_key") != "true":
+            return error(400, "invalid_request_error", message="A price already uses that lookup key.")
+        for one in holders:
+            one["lookup_key"] = None
+        if "unit_amount" in params and params.get("product") not in self.objects:
+            return error(400, "invalid_request_error", code="resource_missing", message="No such product.")
+        return None
+
+    def _page(self, kind: str, params: dict[str, Any]) -> dict[str, Any]:
+        """A page of a list, the newest first."""
+        listed = [one for one in reversed(self.objects.values()) if one["object"] == kind]
+        if "active" in params:
+            listed = [one for one in listed if str(one["active"]).lower() == params["active"]]
+        if "ids" in params:
+            listed = [one for one in listed if one["id"] in params["ids"]]
+        if "lookup_keys" in params:
+            listed = [one for one in listed if one.get("lookup_key") in params["lookup_keys"]]
+        after = [one["id"] for one in listed].index(params["starting_after"]) + 1 if "starting_after" in params else 0
+        until = after + int(params.get("limit", 10))
+        return {"has_more": until < len(listed), "data": [dict(one) for one in listed[after:until]]}
+
+    def _new(self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None) -> str:
+        about = chosen or f"{prefix}_{next(self._numbers)}"
         self.objects[about] = {
             "id": about, "object": kind, "created": int(time.time()), "livemode": False, "metadata": {}, **new,
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),
