@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pgcredits import catalog
@@ -34,7 +35,7 @@ async def run(settings: Settings, function: str, show: Callable[[list[Row]], Non
 
 async def _watch(database: Database, name: str, working: asyncio.Task[None]) -> Row:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, disable=not Console().is_terminal) as bar:
         task = bar.add_task(name)
         while True:
             (progress,) = [row for row in await database.call("get_catalog_sync") if row["run"] == name]

@@ -151,7 +151,7 @@ as $$
               when j.judgement <> 'deleted' then 'update' end,
          case when j.seen then credits._parts_of(j.shown, v.after) end, v.after, j.ref
     from judged j
-    cross join lateral (select case when j.judgement in ('missing', 'deleted') then j.wanted || coalesce(j.fixed, '{}')
+    cross join lateral (select case when j.judgement in ('missing', 'deleted') then j.wanted || coalesce(jsonb_strip_nulls(j.fixed), '{}')
                                     when j.judgement = 'not_seen'              then null
                                     when j.on_sale and j.replaced <> '{}'      then j.replaced
                                     else j.changed end) v (after)

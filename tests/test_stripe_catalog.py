@@ -19,7 +19,9 @@ from pgcredits import cli, worker
 from pgcredits.db import Database as Pool
 from pgcredits.settings import Settings
 
-ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # what follows on requests is tested on both above
+ONE_ENGINE = pytest.mark.parametrize(
+    "server", ["pg18"], indirect=True
+)  # what follows on requests is tested on both above
 Json = dict[str, Any]
 CATALOG: Json = {
     "packages": {
@@ -105,9 +107,7 @@ def progress(ledger: Ledger, run: str) -> tuple[int, int, int]:
 
 def of(fake: StripeFake, kind: str, **having: Any) -> list[Json]:
     """Objects of a kind, the oldest first."""
-    return [
-        one for one in fake.objects.values() if one["object"] == kind and having.items() <= one.items()
-    ]
+    return [one for one in fake.objects.values() if one["object"] == kind and having.items() <= one.items()]
 
 
 def package(ledger: Ledger, code: str = "starter") -> Any:
@@ -184,7 +184,12 @@ def sold_at_a_new_price_and_still_at_the_old_one(database: Database, ledger: Led
 
     ledger.open_account("alpha")
     for number, (paid, at, metadata) in enumerate(
-        [(999, first, {}), (999, None, {"package": "starter"}), (1299, second, {}), (1299, None, {"package": "starter"})]
+        [
+            (999, first, {}),
+            (999, None, {"package": "starter"}),
+            (1299, second, {}),
+            (1299, None, {"package": "starter"}),
+        ]
     ):
         buy(ledger, f"cs_{number}", paid, at, metadata)
     assert [row.credits for row in ledger.table("purchases", "true order by purchase_id")] == [1000, 1000, 1200, 1200]
@@ -196,7 +201,11 @@ def buy(
 ) -> None:
     """Alpha pays for one of something: named by its metadata, or sold at a price."""
     if price_id:
-        items = {"object": "list", "has_more": False, "data": [{"id": "li_1", "price": {"id": price_id}, "quantity": 1}]}
+        items = {
+            "object": "list",
+            "has_more": False,
+            "data": [{"id": "li_1", "price": {"id": price_id}, "quantity": 1}],
+        }
         ledger.change(
             "insert into credits.stripe_objects (kind, object_id, snapshot, as_of, updated_at) values "
             "('line_items', %s, %s::jsonb, 0, now())", session_id, json.dumps(items),
@@ -240,9 +249,7 @@ def what_is_not_sold_is_deactivated(database: Database, ledger: Ledger, fake: St
 
     change(ledger, "plans", "pro", active=False)
     publish(database, ledger, fake)
-    assert {(one["id"], one["active"]) for one in [*of(fake, "product"), *of(fake, "price")] if "pro" in str(one)} == {
-        ("pgc_plan_pro", False), (month, False), (year, False),
-    }  # fmt: skip
+    assert [fake.objects[about]["active"] for about in ("pgc_plan_pro", month, year)] == [False, False, False]
     change(ledger, "plans", "pro")  # the price that was withdrawn is found by its lookup key, and taken again
     publish(database, ledger, fake)
     assert ledger.stripe_catalog_differences() == []
@@ -260,7 +267,8 @@ def test_an_interrupted_run_ends_the_same_when_it_is_run_again(
     fake.fault = lambda: luck.choice(faults) if luck.random() < 0.4 else None
     for turn in range(40):
         ledger.publish_catalog()
-        ledger.claim_stripe_requests(luck.randrange(1, 3), "killed before it could send")
+        if luck.random() < 0.3:
+            ledger.claim_stripe_requests(2, "killed before it could send")
         work(database, fake)
         if turn % 3 == 2:  # longer than Stripe keeps a key
             ledger.change("update credits.stripe_requests set first_sent_at = first_sent_at - interval '1 day'")
@@ -294,7 +302,9 @@ def test_a_product_that_somebody_made_meanwhile_is_taken(database: Database, led
     fake.fault = made_meanwhile
     ledger.publish_catalog()
     work(database, fake)
-    assert [row.error_code for row in ledger.table("stripe_requests", "state = 'failed'")] == ["resource_already_exists"]
+    assert [row.error_code for row in ledger.table("stripe_requests", "state = 'failed'")] == [
+        "resource_already_exists"
+    ]
     assert progress(ledger, "publish")[2] == 0
     assert fake.objects["pgc_plan_pro"]["name"] == "Professional"
     assert len(of(fake, "price", active=True)) == 2
@@ -330,7 +340,15 @@ def test_everything_is_read_page_by_page_and_bound(database: Database, ledger: L
     monthly = {"currency": "usd", "recurring": {"interval": "month", "interval_count": 1, "usage_type": "licensed"}}
     add(fake, "price_month", "price", product="prod_1", unit_amount=1000, **monthly)
     add(fake, "price_odd", "price", product="prod_1", unit_amount=7, **monthly, metadata={"credits": "1,000"})
-    add(fake, "price_starter", "price", product="prod_2", unit_amount=999, currency="usd", metadata={"package": "starter"})
+    add(
+        fake,
+        "price_starter",
+        "price",
+        product="prod_2",
+        unit_amount=999,
+        currency="usd",
+        metadata={"package": "starter"},
+    )
     for number in range(270):
         add(fake, f"price_{number}", "price", product="prod_2", unit_amount=number, currency="usd", active=number < 130)
     assert ledger.sync_catalog().finished is False
@@ -340,7 +358,9 @@ def test_everything_is_read_page_by_page_and_bound(database: Database, ledger: L
     assert len(ledger.table("stripe_objects", "kind = 'price'")) == 273
     assert package(ledger).stripe_price_id == "price_starter"
     assert plan(ledger).stripe_price_ids == ["price_month"]
-    found = {row.stripe_id: (row.difference, row.change) for row in ledger.stripe_catalog_differences() if row.stripe_id}
+    found = {
+        row.stripe_id: (row.difference, row.change) for row in ledger.stripe_catalog_differences() if row.stripe_id
+    }
     assert found["price_5"] == ("price_unknown", None)
     assert "price_200" not in found
     assert found["price_odd"] == ("credits_malformed", None)
@@ -355,7 +375,7 @@ def test_everything_is_read_page_by_page_and_bound(database: Database, ledger: L
 
 
 def test_prices_of_plans_are_part_of_the_document(ledger: Ledger) -> None:
-    assert ledger.apply_catalog(ledger.get_catalog()) == []
+    assert ledger.apply_catalog(json.loads(json.dumps(ledger.get_catalog(), default=float))) == []
     prices = [{"amount": 5, "currency": "usd"}, {"amount": 6, "currency": "usd", "interval": "month"}]
     wrong = {"name": "P", "prices": [*prices, {"amount": 1.5, "currency": "US", "interval": "week", "price": 1}, 3]}
     assert problems_of(lambda: ledger.apply_catalog({"plans": {"pro": wrong}})) == {
