@@ -24,9 +24,9 @@ Key = str | int
 _SECTIONS = ("capabilities", "quality_levels", "models", "packages", "plans", "rates")
 _KEYS = (  # the order in which a person reads them
     "capability", "quality", "model", "valid_from", "name", "description", "unit", "calls", "units", "credits", "price",
-    "amount", "per", "rolling", "currency", "interval", "discount_percent", "popular", "monthly_credits", "trial_credits",
-    "prices", "rollover", "rollover_cap", "seats", "is_default", "display_order", "active", "stripe_product_id", "stripe_price_id",
-    "stripe_price_ids", "qualities", "limits", "capabilities",
+    "amount", "per", "rolling", "currency", "interval", "discount_percent", "popular", "monthly_credits",
+    "trial_credits", "prices", "rollover", "rollover_cap", "seats", "is_default", "display_order", "active",
+    "stripe_product_id", "stripe_price_id", "stripe_price_ids", "qualities", "limits", "capabilities",
 )  # fmt: skip
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?")

@@ -221,7 +221,7 @@ def stripe_publish(
 
 @stripe_cli.command("sync")
 def stripe_sync(dsn: Dsn = "") -> None:
-    """Read all products and prices of Stripe, and print where they differ from the catalogue. Exit code 1 if it failed."""
+    """Read all products and prices of Stripe, and print where they differ. Exit code 1 if it failed."""
     _show_differences(_run_catalog(dsn, "sync_catalog", lambda _: None))
 
 

@@ -1,4 +1,4 @@
-"""pgcredits stripe publish and sync: the worker in this process, until the run is through, and what was found as text."""
+"""pgcredits stripe publish and sync: the worker in this process, until the run is through, and what differs as text."""
 
 import asyncio
 from collections.abc import Callable
@@ -16,7 +16,7 @@ LOOK = 0.1  # seconds between looks at how far it has come
 
 
 async def run(settings: Settings, function: str, show: Callable[[list[Row]], None]) -> tuple[Row, list[Row]]:
-    """Begin a run by its function, show what that answers, and work until it is finished: how it ended, what differs still."""
+    """Begin a run by its function, show what that answers, work until it is finished: how it ended, what differs."""
     database = Database(settings.dsn, role=settings.role, size=settings.pool_size, wait=settings.pool_timeout)
     await database.open()
     stop = asyncio.Event()

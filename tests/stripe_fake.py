@@ -160,12 +160,16 @@ class StripeFake:
             intent = {"id": "pi_declined", "object": "payment_intent", "status": "requires_payment_method"}
             declined = error(402, "card_error", code="card_declined", payment_intent=intent)
             return declined if call.fault == "402" else error(500, "api_error")
-        kind, prefix, new = KINDS[found[1]]
-        if call.method == "POST" and not found[2] and (refused := self._conflict(call.params)):
-            return refused
-        about: str = found[2] or (self._new(kind, prefix, new, call.params.get("id")) if call.method == "POST" else "")
-        if not about:
+        return self._touch(call, found[1], found[2])
+
+    def _touch(self, call: Call, path: str, about: str | None) -> tuple[int, dict[str, Any]]:
+        """An object made, read, changed or deleted, or a page of them."""
+        kind, prefix, new = KINDS[path]
+        if not about and call.method != "POST":
             return 200, {"object": "list", "url": call.path, **self._page(kind, call.params)}
+        if not about and (refused := self._conflict(call.params)):
+            return refused
+        about = about or self._new(kind, prefix, new, call.params.get("id"))
         if about not in self.objects:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]

@@ -1,4 +1,4 @@
-"""The catalogue at Stripe: published, changed, interrupted, read back; and what was sold at old prices is still sold."""
+"""The catalogue at Stripe: published, changed, interrupted, read back; what was sold at old prices is known."""
 
 import asyncio
 import json
@@ -435,7 +435,8 @@ def test_the_commands(ledger: Ledger, fake: StripeFake, run: Run, monkeypatch: p
     code, printed, _ = run("sync")
     assert (code, printed) == (
         0,
-        "Asked Stripe 4 times.\nupdate             packages.starter  product pgc_package_starter: name By hand -> Starter\n",
+        "Asked Stripe 4 times.\n"
+        "update             packages.starter  product pgc_package_starter: name By hand -> Starter\n",
     )
     change(ledger, "packages", "starter", stripe_price_id="price_unheard_of")
     code, _, complaint = run("publish")
