@@ -86,9 +86,12 @@ def time_passes(ledger: Ledger) -> None:
 def publish(database: Database, ledger: Ledger, fake: StripeFake) -> list[tuple[str, str, str]]:
     """Publish all of it; what that was."""
     rows = ledger.publish_catalog()
-    work(database, fake)
+    for _ in range(3):  # two answers about one object in one second are settled by a retrieve
+        work(database, fake)
+        time_passes(ledger)
+        if progress(ledger, "publish")[1] == 0:
+            break
     assert progress(ledger, "publish")[1:] == (0, 0)
-    time_passes(ledger)
     return brief(rows)
 
 
