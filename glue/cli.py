@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pgcredits import __version__, catalog, db, demo, migrate, notifier, worker
+from pgcredits import __version__, catalog, db, demo, migrate, notifier, stripe_catalog, worker
 from pgcredits.app import create_app
 from pgcredits.settings import Settings, SettingsError
 
@@ -201,11 +201,57 @@ def stripe_work(
 ) -> None:
     """Send to Stripe what SQL asks of it, and bring the answers back. Several may run, beside the door or not."""
     logging.basicConfig(level=logging.INFO, format=LOG)
+    settings = _with_stripe_key()
+    with _database(dsn, settings) as target:
+        asyncio.run(worker.work(replace(settings, dsn=target), once=once))
+
+
+@stripe_cli.command("publish")
+def stripe_publish(
+    dsn: Dsn = "",
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")] = False,
+) -> None:
+    """Make Stripe's products and prices what the catalogue says. Exit code 1 if anything failed or differs still."""
+    if dry_run:
+        with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+            _show_differences(db.call(conn, "publish_catalog", dry_run=True))
+        return
+    left = _run_catalog(dsn, "publish_catalog", _show_differences)
+    if any(row["change"] for row in left):
+        print("Still different:")
+        _show_differences(left)
+        raise typer.Exit(1)
+
+
+@stripe_cli.command("sync")
+def stripe_sync(dsn: Dsn = "") -> None:
+    """Read all products and prices of Stripe, and print where they differ. Exit code 1 if it failed."""
+    _show_differences(_run_catalog(dsn, "sync_catalog", lambda _: None))
+
+
+def _run_catalog(dsn: str, function: str, show: Callable[[list[db.Row]], None]) -> list[db.Row]:
+    settings = _with_stripe_key()
+    logging.getLogger(worker.log.name).setLevel(logging.ERROR)  # what failed is told at the end
+    with _database(dsn, settings) as target:
+        progress, left = asyncio.run(stripe_catalog.run(replace(settings, dsn=target), function, show))
+    for error in progress["errors"]:
+        print(f"pgcredits: {stripe_catalog.complaint(error)}", file=sys.stderr)
+    if progress["errors"]:
+        raise typer.Exit(1)
+    print(f"Asked Stripe {progress['done']} times.")
+    return left
+
+
+def _show_differences(differences: list[db.Row]) -> None:
+    print("\n".join(stripe_catalog.line(row) for row in differences) or "No difference.", flush=True)
+
+
+def _with_stripe_key() -> Settings:
     settings = Settings.from_environment()
     if not settings.stripe_key:
         raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
-    with _database(dsn, settings) as target:
-        asyncio.run(worker.work(replace(settings, dsn=target), once=once))
+    return settings
 
 
 @notify_cli.command("work")

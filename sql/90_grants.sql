@@ -32,7 +32,8 @@ grant execute on function
   credits.retry_notifications, credits.purge_notifications,
   credits.set_auto_topup, credits.get_auto_topup, credits.remove_auto_topup, credits.run_auto_topups,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
-  credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps
+  credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps,
+  credits.publish_catalog, credits.sync_catalog, credits.get_catalog_sync, credits.stripe_catalog_differences
 to credits_service;
 
 grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,

@@ -164,6 +164,18 @@ class Client:
     def get_catalog(self) -> Any:
         return self.row("get_catalog")[0]
 
+    def publish_catalog(self, **more: Any) -> list[Any]:
+        return self.rows("publish_catalog", **more)
+
+    def sync_catalog(self) -> Any:
+        return self.row("sync_catalog")
+
+    def get_catalog_sync(self) -> list[Any]:
+        return self.rows("get_catalog_sync")
+
+    def stripe_catalog_differences(self) -> list[Any]:
+        return self.rows("stripe_catalog_differences")
+
     def load_demo_catalog(self) -> None:
         self.row("load_demo_catalog")
 
