@@ -28,6 +28,8 @@ class Settings:
     webhook_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     stripe_key: str = field(default="", repr=False)
     stripe_api_base: str = ""
+    jobs: bool = False
+    cron_dsn: str = field(default="", repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -50,6 +52,8 @@ class Settings:
             },
             stripe_key=environment.get("STRIPE_SECRET_KEY", cls.stripe_key).strip(),
             stripe_api_base=_address(environment, "STRIPE_API_BASE"),
+            jobs=_switch(environment, "PGCREDITS_JOBS", default=True),
+            cron_dsn=environment.get("PGCREDITS_CRON_DSN", cls.cron_dsn),
         )
 
     def secrets_of(self, endpoint: str) -> tuple[str, ...]:
@@ -63,6 +67,13 @@ def _address(environment: Mapping[str, str], name: str) -> str:
     if text and not re.fullmatch(r"https?://[^\s/?#@]+", text):
         raise SettingsError(f"{name} must be an address such as http://127.0.0.1:12111, not {text!r}")
     return text
+
+
+def _switch(environment: Mapping[str, str], name: str, *, default: bool) -> bool:
+    text = environment.get(name) or ("off", "on")[default]
+    if text not in {"on", "off"}:
+        raise SettingsError(f"{name} must be on or off, not {text!r}")
+    return text == "on"
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:
