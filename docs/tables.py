@@ -12,7 +12,7 @@ import psycopg
 from psycopg import Connection
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/concepts.md", "docs/operations.md", "docs/stripe.md", "docs/subscriptions.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("concepts", "jobs", "operations", "stripe", "subscriptions")))
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 UNASKED = r"^(object\.|v2\.core\.event$)"  # answers to our own requests, and what has no type of its own
 
@@ -88,12 +88,24 @@ def events(conn: Connection[Any]) -> str:
     return _table(("family", "types", "what it does"), rows)
 
 
+def jobs(conn: Connection[Any]) -> str:
+    """The jobs as they come."""
+    rows = conn.execute(
+        "select format('`%s`', j.name), format('`%s`', j.schedule), coalesce(j.batch_size::text, ''), j.summary"
+        "  from credits.jobs j order by j.name"
+    )
+    return _table(("job", "when", "batch", "does"), rows)
+
+
 def _table(heads: tuple[str, ...], rows: Any) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-BLOCKS = {"diagram": diagram, "states": states, "moves": moves, "kinds": kinds, "settings": settings, "events": events}
+BLOCKS = {
+    "diagram": diagram, "states": states, "moves": moves, "kinds": kinds, "settings": settings, "events": events,
+    "jobs": jobs,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ declare
   v_found  text[];
   v_from   integer;
   v_to     integer;
-  v_values integer[] := '{}';
+  v_values integer[] := array[]::integer[];
 begin
   foreach v_part in array string_to_array(coalesce(nullif(_schedule_field.field, ''), '?'), ',') loop
     v_found := regexp_match(v_part, '^(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/(\d{1,2}))?$');

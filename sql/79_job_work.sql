@@ -51,7 +51,9 @@ declare
   v_all   bigint := 0;
 begin
   for v_found in
-    select f.invariant, count(*) as findings, min(f.account_id) as account_id from credits.audit() f group by f.invariant
+    select f.invariant, count(*) as findings, min(f.account_id) as account_id
+      from (select a.* from credits.audit() a limit _audit_all.max_rows) f
+     group by f.invariant
   loop
     v_all := v_all + v_found.findings;
     perform credits._notify(null, 'audit_violation',

@@ -7,6 +7,7 @@ returns setof text
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+-- What is executed comes from cron_statements() alone. @plpgsql_check_options: security_warnings = off
 declare
   v_row credits.cron_statement;
 begin
@@ -29,6 +30,7 @@ returns void
 language plpgsql
 set search_path = pg_catalog, pg_temp
 as $$
+-- What is executed comes from cron_statements() alone. @plpgsql_check_options: security_warnings = off
 declare
   v_row credits.cron_statement;
 begin
