@@ -13,15 +13,15 @@ on conflict (name) do update set summary = excluded.summary;
 -- A row that stays as it is is not touched, so that a deploy waits for no batch that is being done.
 with listed (name, schedule, batch_size, function, summary) as (values
   ('expire_grants',               '* * * * *',    50,    '_expire_grants',               'Books grants that start or end.'),
-  ('expire_reservations',         '* * * * *',    50,    '_expire_reservations',         'Returns what holds that ran out had pinned.'),
-  ('grant_plan_credits',          '*/5 * * * *',  50,    '_turn_plans',                  'Books the new month of plans of our own: credits, rollover, changes.'),
-  ('apply_scheduled_changes',     '*/5 * * * *',  50,    '_apply_scheduled_changes',     'Changes of plans of our own whose day has come.'),
-  ('retry_stripe_events',         '* * * * *',    10,    '_retry_stripe_events',         'Tries events again that are parked or failed.'),
-  ('refresh_stale_subscriptions', '17 * * * *',   500,   '_refresh_stale_subscriptions', 'Asks Stripe for subscriptions that it has told nothing of.'),
-  ('subscription_cache_cleanup',  '*/10 * * * *', 1000,  '_clean_subscription_cache',    'Removes what the subscription cache serves no more.'),
+  ('expire_reservations',         '* * * * *',    50,    '_expire_reservations',         'Returns what lapsed holds pinned.'),
+  ('grant_plan_credits',          '*/5 * * * *',  50,    '_turn_plans',                  'Books new months of our own plans.'),
+  ('apply_scheduled_changes',     '*/5 * * * *',  50,    '_apply_scheduled_changes',     'Changes plans whose day has come.'),
+  ('retry_stripe_events',         '* * * * *',    10,    '_retry_stripe_events',         'Tries parked and failed events.'),
+  ('refresh_stale_subscriptions', '17 * * * *',   500,   '_refresh_stale_subscriptions', 'Asks Stripe where it fell silent.'),
+  ('subscription_cache_cleanup',  '*/10 * * * *', 1000,  '_clean_subscription_cache',    'Clears expired rows of the cache.'),
   ('purge_job_history',           '11 2 * * *',   10000, '_purge_job_history',           'Removes old runs of jobs.'),
-  ('archive_stripe_events',       '23 2 * * *',   1000,  '_archive_stripe_events',       'Drops the payload of events that were done 90 days ago.'),
-  ('audit',                       '43 3 * * *',   null,  '_audit_all',                   'Checks every invariant and tells what is violated.')
+  ('archive_stripe_events',       '23 2 * * *',   1000,  '_archive_stripe_events',       'Drops payloads done 90 days ago.'),
+  ('audit',                       '43 3 * * *',   null,  '_audit_all',                   'Checks and tells all invariants.')
 ), added as (
   insert into credits.jobs as j (name, schedule, batch_size, function, summary, next_run_at)
   select l.name, l.schedule, l.batch_size, l.function, l.summary, credits._next_run(l.schedule, credits.now())

@@ -196,18 +196,20 @@ returns credits.job_result
 language plpgsql
 as $$
 declare
-  v_job   credits.jobs := _work_job.job;
-  v_rows  bigint := 0;
-  v_more  boolean := false;
-  v_error text;
-  v_state text;
+  v_job     credits.jobs := _work_job.job;
+  v_rows    bigint  := 0;
+  v_more    boolean := false;
+  v_outcome text := 'done';
+  v_error   text;
+  v_state   text;
 begin
   begin
     execute format('select credits.%I($1)', v_job.function) into v_rows using v_job.batch_size;
     v_more := coalesce(v_rows >= v_job.batch_size, false);
   exception when others then
-    v_error := sqlerrm;
-    v_state := sqlstate;
+    v_outcome := 'failed';
+    v_error   := sqlerrm;
+    v_state   := sqlstate;
   end;
   update credits.job_runs r
      set batches = r.batches + 1, rows_done = r.rows_done + coalesce(v_rows, 0), runner = v_job.runner
@@ -216,9 +218,8 @@ begin
     update credits.jobs j set locked_until = null where j.name = v_job.name;
     return row(v_job.name, v_job.run_id, 'running', v_rows, true, null, v_job.next_run_at)::credits.job_result;
   end if;
-  return row(v_job.name, v_job.run_id, case when v_error is null then 'done' else 'failed' end, coalesce(v_rows, 0), false, v_error,
-             (credits._end_run(v_job, case when v_error is null then 'done' else 'failed' end, v_error, v_state)).next_run_at
-            )::credits.job_result;
+  v_job.next_run_at := (credits._end_run(v_job, v_outcome, v_error, v_state)).next_run_at;
+  return row(v_job.name, v_job.run_id, v_outcome, coalesce(v_rows, 0), false, v_error, v_job.next_run_at)::credits.job_result;
 end $$;
 
 -- A run is over: when is the next. After a failure sooner than the schedule says, or later, the longer it lasts.

@@ -78,14 +78,12 @@ as $$
   select format($check$
 do $do$
 declare
-  v_elsewhere boolean := %L;
-  v_reason text;
-  v_hint   text;
+  v_elsewhere boolean := %L; v_reason text; v_hint text;
 begin
   if not exists (select from pg_catalog.pg_extension e where e.extname = 'pg_cron') then
     v_reason := 'pg_cron is not in the database ' || pg_catalog.current_database();
-    v_hint := 'It lives in one database of a server, mostly postgres. If it is there: pgcredits jobs schedule --cron-dsn, with a login '
-      'to that database. If nowhere: put it into shared_preload_libraries, then as a superuser: create extension pg_cron. '
+    v_hint := 'It lives in one database of a server, mostly postgres. If it is there: pgcredits jobs schedule --cron-dsn, with '
+      'a login to that database. If nowhere: put it into shared_preload_libraries, then create extension pg_cron. '
       'Without it pgcredits serve does the jobs.';
   elsif pg_catalog.to_regrole('credits_service') is null then
     v_reason := 'this is not the server that has pgcredits';
@@ -96,7 +94,7 @@ begin
   elsif v_elsewhere and not pg_catalog.has_function_privilege(
     'cron.schedule_in_database(text, text, text, text, text, boolean)', 'execute') then
     v_reason := pg_catalog.format('%%I may not execute cron.schedule_in_database', current_user);
-    v_hint := pg_catalog.format('A superuser says here: grant execute on function cron.schedule_in_database to %%I', current_user);
+    v_hint := 'A superuser says here: grant execute on function cron.schedule_in_database to ' || quote_ident(current_user);
   elsif not (select r.rolcanlogin from pg_catalog.pg_roles r where r.rolname = current_user) then
     v_reason := pg_catalog.format('%%I cannot log in, and pg_cron runs entries as the role that makes them', current_user);
     v_hint := 'Call it as a login that is a member of credits_service, without set role.';
@@ -112,7 +110,7 @@ end $do$
 $check$, _cron_check.elsewhere)
 $$;
 
--- Takes away the entries of this database that the role has made, and their history: all, or those that are not made any more.
+-- Takes away the entries of this database that the role has made, and their history: all, or those that are no longer made.
 create or replace function credits._cron_clear(everything boolean)
 returns text
 language sql
@@ -147,8 +145,8 @@ as $$
   union all
   select n.name,
          format('select cron.schedule(%L, %L, %L)', n.name, '37 1 * * *',
-           format('delete from cron.job_run_details d using cron.job j where j.jobid = d.jobid and left(j.jobname::text, 10) = %L'
-                  ' and right(j.jobname::text, %s) = %L and d.end_time < now() - interval %L',
+           format('delete from cron.job_run_details d using cron.job j where j.jobid = d.jobid'
+                  ' and left(j.jobname::text, 10) = %L and right(j.jobname::text, %s) = %L and d.end_time < now() - interval %L',
                   'pgcredits ', length(' of ' || current_database()), ' of ' || current_database(), '7 days'))
     from (select 'pgcredits history of ' || current_database() as name) n
 $$;
