@@ -146,7 +146,7 @@ as $$
   select n.name,
          format('select cron.schedule(%L, %L, %L)', n.name, '37 1 * * *',
            format('delete from cron.job_run_details d using cron.job j where j.jobid = d.jobid'
-                  ' and left(j.jobname::text, 10) = %L and right(j.jobname::text, %s) = %L and d.end_time < now() - interval %L',
+                  ' and left(j.jobname::text, 10) = %L and right(j.jobname, %s) = %L and d.end_time < now() - interval %L',
                   'pgcredits ', length(' of ' || current_database()), ' of ' || current_database(), '7 days'))
     from (select 'pgcredits history of ' || current_database() as name) n
 $$;
