@@ -348,3 +348,30 @@ class Client:
 
     def list_stripe_gaps(self, **more: Any) -> list[Any]:
         return self.rows("list_stripe_gaps", **more)
+
+    def list_jobs(self) -> list[Any]:
+        return self.rows("list_jobs")
+
+    def set_job(self, name: str | None, **more: Any) -> Any:
+        return self.row("set_job", name=name, **more)
+
+    def list_job_runs(self, **more: Any) -> list[Any]:
+        return self.rows("list_job_runs", **more)
+
+    def claim_job(self, runner: str | None = "test", **more: Any) -> list[Any]:
+        return self.rows("claim_job", runner=runner, **more)
+
+    def run_job(self, name: str | None, **more: Any) -> Any:
+        return self.row("run_job", name=name, **more)
+
+    def run_due_jobs(self, **more: Any) -> list[Any]:
+        return self.rows("run_due_jobs", **more)
+
+    def schedule_jobs(self) -> list[str]:
+        return [row[0] for row in self.rows("schedule_jobs")]
+
+    def unschedule_jobs(self) -> None:
+        self.row("unschedule_jobs")
+
+    def cron_statements(self, **more: Any) -> list[Any]:
+        return self.rows("cron_statements", **more)

@@ -132,6 +132,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
+    "set_job": {"name": "audit", "schedule": "0 5 * * *"},
+    "list_job_runs": {"name": "audit", "max_rows": 5},
+    "claim_job": {"runner": "one"},
+    "run_job": {"name": "purge_job_history", "runner": "one"},
+    "run_due_jobs": {"runner": "one"},
 }  # fmt: skip
 
 BAD: dict[tuple[str, str], Wrong] = {
@@ -262,6 +267,11 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("add_subscription_credits", "subscription_id"): KEY,
     ("add_subscription_credits", "credits"): AMOUNT,
     ("get_cache_cleanup_history", "n"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
+    **{(verb, "name"): {(404, "job_not_found"): [None, "", "Audit", LONG]} for verb in ("set_job", "run_job")},
+    ("set_job", "schedule"): {INVALID: ["", "hourly", "* * * *", "* * * * * *", "60 * * * *", "0 0 30 2 *", LONG]},
+    ("list_job_runs", "name"): {(404, "job_not_found"): ["", "Audit", LONG]},
+    ("list_job_runs", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
+    **{(verb, "runner"): {INVALID: ACCOUNT[INVALID]} for verb in ("claim_job", "run_job", "run_due_jobs")},
     ("create_checkout", "package"): {
         INVALID: [None],
         (404, "package_not_found"): ["", "gold", "Starter", LONG],
@@ -344,6 +354,10 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("add_subscription_credits", "credits"): NOT_A_NUMBER,
     ("use_credits_validated", "metadata"): NOT_A_NUMBER,
     ("get_cache_cleanup_history", "n"): NOT_A_NUMBER,
+    ("set_job", "enabled"): NOT_A_NUMBER,
+    ("list_job_runs", "max_rows"): NOT_A_NUMBER,
+    ("claim_job", "standby"): NOT_A_NUMBER,
+    ("run_job", "run_id"): NOT_A_NUMBER,
     ("request_refund", "purchase_id"): NOT_A_NUMBER,
     ("list_purchases", "before"): NOT_A_NUMBER,
     ("list_purchases", "max_rows"): NOT_A_NUMBER,
@@ -484,7 +498,8 @@ def test_a_request_that_is_no_spend_is_answered_alone(ledger: Ledger, request_: 
 def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
     rows = ledger.query(
         "select p.proname as verb, unnest(p.proargnames[:p.pronargs]) as argument from pg_proc p "
-        "where p.pronamespace = 'credits'::regnamespace and has_function_privilege('credits_service', p.oid, 'execute')"
+        "where p.pronamespace = 'credits'::regnamespace and p.prokind = 'f' "
+        "and has_function_privilege('credits_service', p.oid, 'execute')"
     )
     free = {  # any text will do, or a filter that any value only narrows
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
@@ -492,6 +507,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "worker", "stripe_version", "attempt", "not_sent",
         "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled",
         "repair", "after",
+        "standby", "run_id", "remove", "elsewhere",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
