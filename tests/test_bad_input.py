@@ -114,6 +114,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
+    "set_issuer": {"issuer": "https://issuer.example", "audiences": ["credits"], "org_claim": ["o", "id"]},
+    "remove_issuer": {"issuer": "https://issuer.example"},
+    "link_identity": {"account_id": "alpha", "issuer": "https://issuer.example", "subject": "u1", "kind": "org"},
+    "unlink_identity": {"account_id": "alpha", "issuer": "https://issuer.example", "subject": "u1", "kind": "org"},
+    "list_identities": {"account_id": "alpha"},
 }  # fmt: skip
 
 BAD: dict[tuple[str, str], Wrong] = {
@@ -233,6 +238,12 @@ BAD: dict[tuple[str, str], Wrong] = {
     },
     ("list_purchases", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("purchase_totals", "group_by"): {INVALID: [None, "", "month", "Day", LONG]},
+    **{(verb, "issuer"): KEY for verb in ("set_issuer", "remove_issuer", "unlink_identity")},
+    ("link_identity", "issuer"): {INVALID: KEY[INVALID], (404, "issuer_not_found"): ["https://other.example", "x"]},
+    **{(verb, "subject"): KEY for verb in ("link_identity", "unlink_identity")},
+    **{(verb, "kind"): {INVALID: ["", "User", "organization", LONG]} for verb in ("link_identity", "unlink_identity")},
+    ("set_issuer", "audiences"): {INVALID: [None, [], [""], [None], ["credits", None]]},
+    ("set_issuer", "org_claim"): {INVALID: [[], [None]]},
     ("set_time_zone", "time_zone"): {INVALID: [None, "", "Mars/Olympus", "europe/berlin", "+02:00", LONG]},
 }
 
@@ -286,6 +297,11 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("create_checkout", "save_card"): NOT_A_NUMBER,
     ("create_checkout", "allow_promotion_codes"): NOT_A_NUMBER,
     ("create_checkout", "metadata"): NOT_A_NUMBER,
+    ("set_issuer", "audiences"): NOT_A_NUMBER,
+    ("set_issuer", "require_aud"): NOT_A_NUMBER,
+    ("set_issuer", "org_claim"): NOT_A_NUMBER,
+    ("set_issuer", "allow_anonymous"): NOT_A_NUMBER,
+    ("link_identity", "may_buy"): NOT_A_NUMBER,
 }
 
 LOST = """{"id": "evt_0", "type": "customer.subscription.updated", "created": 1893456000, "data": {"object": {
@@ -313,6 +329,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     lives = {"id": "sub_3", "object": "subscription", "status": "active", "metadata": {"account_id": "gamma"}}
     ledger.tell("customer.subscription.created", lives)
     ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
+    ledger.set_issuer("https://issuer.example", audiences=["credits"])
     return ledger
 
 
