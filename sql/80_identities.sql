@@ -57,6 +57,7 @@ declare
   v_links integer;
 begin
   perform credits._check_key(remove_issuer.issuer, 'issuer');
+  perform from credits.issuers i where i.issuer = remove_issuer.issuer for update;  -- nobody links meanwhile
   delete from credits.identities i where i.issuer = remove_issuer.issuer;
   get diagnostics v_links = row_count;
   delete from credits.issuers i where i.issuer = remove_issuer.issuer;
@@ -148,90 +149,6 @@ comment on function credits.list_identities(text) is
 'Who may see an account by a token, the first linked first.
 Errors: 400 invalid_request, 404 account_not_found.';
 
--- The way from a token to an account. Functions _my_ are granted to credits_user: see 87_my_account.sql. ----------------
-
-create or replace function credits._my_accounts()
-returns setof text
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return query
-    select distinct i.account_id
-      from credits._subjects() s
-      join credits.identities i on i.issuer = s.issuer and i.kind = s.kind and i.subject = s.subject;
-end $$;
-
--- The account that is meant: the one that is named, if it is the caller's, or the only one.
-create or replace function credits._my_account(account_id text)
-returns text
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_mine text[] := array(select credits._my_accounts());
-begin
-  if _my_account.account_id = any (v_mine) then
-    return _my_account.account_id;
-  elsif _my_account.account_id is null and cardinality(v_mine) = 1 then
-    return v_mine[1];
-  elsif not credits._my_token_counts() then
-    perform credits._fail_token();
-  elsif _my_account.account_id is null and cardinality(v_mine) > 1 then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'account_id'),
-      'Your token speaks for several accounts: name one in account_id. The view accounts lists them.');
-  end if;
-  perform credits._fail(404, 'account_not_found',
-    jsonb_strip_nulls(jsonb_build_object('account_id', _my_account.account_id)),
-    'None of your accounts. The backend links a user to an account with credits.link_identity().');
-end $$;
-
--- The same for what costs money.
-create or replace function credits._my_account_to_buy(account_id text)
-returns text
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  v_account_id text := credits._my_account(_my_account_to_buy.account_id);
-begin
-  if not exists (select from credits._subjects() s
-                   join credits.identities i on i.issuer = s.issuer and i.kind = s.kind and i.subject = s.subject
-                  where i.account_id = v_account_id and i.may_buy) then
-    perform credits._fail(403, 'forbidden', jsonb_build_object('account_id', v_account_id),
-      'Your token may look at this account, but not buy for it: link_identity(..., may_buy => true) lets it.');
-  end if;
-  return v_account_id;
-end $$;
-
-create or replace function credits._my_token_counts()
-returns boolean
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return exists (select from credits._subjects());
-end $$;
-
-create or replace function credits._my_now()
-returns timestamptz
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  return credits.now();
-end $$;
-
 -- Helpers -----------------------------------------------------------------------------------------------------------
 
 create or replace function credits._check_identity(
@@ -301,12 +218,3 @@ begin
     return next row(v_issuer.issuer, 'org', v_org #>> '{}')::credits.subject;
   end if;
 end $$;
-
-create or replace function credits._fail_token()
-returns void
-language sql
-stable
-as $$
-  select credits._fail(401, 'not_authenticated', null,
-    'Send a token that is valid, of an issuer that is trusted here, and meant for this service.')
-$$;

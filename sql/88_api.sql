@@ -1,6 +1,113 @@
--- What a browser may read: the views of credits_api, each the rows of the caller's accounts and nothing else. 89_api_calls.sql
--- has the functions. Version 1 is frozen: new columns come last, none goes (tests/contract_v1.txt).
--- Keeps: a view reads as its caller, through the policies; what depends on the moment is computed.
+-- What a browser may read: the way from its token to its accounts, the rows that it may see of these, and the views of them.
+-- 89_api_calls.sql has the functions. Version 1 is frozen: new columns come last, none goes (tests/contract_v1.txt).
+-- Keeps: an account of somebody else and one that does not exist look alike. A view reads as its caller, through the policies.
+
+create or replace function credits._my_accounts()
+returns setof text
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return query
+    select distinct i.account_id
+      from credits._subjects() s
+      join credits.identities i on i.issuer = s.issuer and i.kind = s.kind and i.subject = s.subject;
+end $$;
+
+-- The account that is meant: the one that is named, if it is the caller's, or the only one.
+create or replace function credits._my_account(account_id text)
+returns text
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_mine       text[] := array(select credits._my_accounts());
+  v_account_id text   := case when _my_account.account_id = any (v_mine)                       then _my_account.account_id
+                              when _my_account.account_id is null and cardinality(v_mine) = 1 then v_mine[1] end;
+begin
+  if v_account_id is null then
+    perform credits._fail_not_mine(_my_account.account_id, cardinality(v_mine));
+  end if;
+  return v_account_id;
+end $$;
+
+-- The same for what costs money.
+create or replace function credits._my_account_to_buy(account_id text)
+returns text
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_account_id text := credits._my_account(_my_account_to_buy.account_id);
+begin
+  if not exists (select from credits._subjects() s
+                   join credits.identities i on i.issuer = s.issuer and i.kind = s.kind and i.subject = s.subject
+                  where i.account_id = v_account_id and i.may_buy) then
+    perform credits._fail(403, 'forbidden', jsonb_build_object('account_id', v_account_id),
+      'Your token may look at this account, but not buy for it: link_identity(..., may_buy => true) lets it.');
+  end if;
+  return v_account_id;
+end $$;
+
+create or replace function credits._my_token_counts()
+returns boolean
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return exists (select from credits._subjects());
+end $$;
+
+create or replace function credits._my_now()
+returns timestamptz
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return credits.now();
+end $$;
+
+create or replace function credits._fail_token()
+returns void
+language sql
+stable
+as $$
+  select credits._fail(401, 'not_authenticated', null,
+    'Send a token that is valid, of an issuer that is trusted here, and meant for this service.')
+$$;
+
+-- The same words, whether there is such an account or not.
+create or replace function credits._fail_not_mine(
+  account_id text,
+  mine       integer
+)
+returns void
+language plpgsql
+stable
+as $$
+begin
+  if not credits._my_token_counts() then
+    perform credits._fail_token();
+  elsif _fail_not_mine.account_id is null and _fail_not_mine.mine > 1 then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'account_id'),
+      'Your token speaks for several accounts: name one in account_id. The view accounts lists them.');
+  end if;
+  perform credits._fail(404, 'account_not_found',
+    jsonb_strip_nulls(jsonb_build_object('account_id', _fail_not_mine.account_id)),
+    'None of your accounts. The backend links a user to an account with credits.link_identity().');
+end $$;
+
+-- Rows ----------------------------------------------------------------------------------------------------------------
 
 -- The rows that the views may read. Written without TO, so that it holds for every role; the array is made once per query, so
 -- that an index finds the rows. A policy that is there is left alone, since a new one would lock its table on every deploy.
@@ -22,6 +129,8 @@ begin
     execute format('create policy mine on credits.%I for select using (%s)', v_policy.table_name, v_policy.condition);
   end loop;
 end $$;
+
+-- Views ---------------------------------------------------------------------------------------------------------------
 
 create or replace view credits_api.accounts with (security_invoker = on) as
   select a.account_id, a.kind, a.status, a.created_at

@@ -117,30 +117,39 @@ returns void
 language plpgsql
 as $$
 declare
-  v_model oid := pg_catalog.to_regrole('credits_' || _grant_like.kind);
-  v_grant text;
+  v_model    oid  := pg_catalog.to_regrole('credits_' || _grant_like.kind);
+  v_schema   name;
+  v_function regprocedure;
+  v_relation regclass;
+  v_column   name;
 begin
   execute format('revoke all on all functions in schema credits, credits_api from %I', _grant_like.role);
   execute format('revoke all on all tables in schema credits, credits_api from %I', _grant_like.role);
   execute format('revoke all on schema credits, credits_api from %I', _grant_like.role);
-  for v_grant in
-    select format('usage on schema %I', n.nspname)
-      from pg_catalog.pg_namespace n, pg_catalog.aclexplode(n.nspacl) a
+  for v_schema in
+    select n.nspname from pg_catalog.pg_namespace n, pg_catalog.aclexplode(n.nspacl) a
      where n.nspname in ('credits', 'credits_api') and a.grantee = v_model
-    union all
-    select format('execute on function %s', p.oid::regprocedure)
-      from pg_catalog.pg_proc p, pg_catalog.aclexplode(p.proacl) a
-     where p.pronamespace::regnamespace::text in ('credits', 'credits_api') and a.grantee = v_model
-    union all
-    select format('select on %s', c.oid::regclass)
-      from pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a
-     where c.relnamespace::regnamespace::text in ('credits', 'credits_api') and a.grantee = v_model
-    union all
-    select format('select (%I) on %s', t.attname, t.attrelid::regclass)
-      from pg_catalog.pg_attribute t, pg_catalog.pg_class c, pg_catalog.aclexplode(t.attacl) a
-     where c.oid = t.attrelid and c.relnamespace::regnamespace::text = 'credits' and a.grantee = v_model
   loop
-    execute format('grant %s to %I', v_grant, _grant_like.role);
+    execute format('grant usage on schema %I to %I', v_schema, _grant_like.role);
+  end loop;
+  for v_function in
+    select p.oid from pg_catalog.pg_proc p, pg_catalog.aclexplode(p.proacl) a
+     where p.pronamespace::regnamespace::text in ('credits', 'credits_api') and a.grantee = v_model
+  loop
+    execute format('grant execute on function %s to %I', v_function, _grant_like.role);
+  end loop;
+  for v_relation in
+    select c.oid from pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a
+     where c.relnamespace::regnamespace::text in ('credits', 'credits_api') and a.grantee = v_model
+  loop
+    execute format('grant select on %s to %I', v_relation, _grant_like.role);
+  end loop;
+  for v_relation, v_column in
+    select c.oid, t.attname
+      from pg_catalog.pg_class c, pg_catalog.pg_attribute t, pg_catalog.aclexplode(t.attacl) a
+     where c.relnamespace::regnamespace::text = 'credits' and t.attrelid = c.oid and a.grantee = v_model
+  loop
+    execute format('grant select (%I) on %s to %I', v_column, v_relation, _grant_like.role);
   end loop;
 end $$;
 

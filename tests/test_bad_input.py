@@ -417,10 +417,11 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
         "worker", "stripe_version", "attempt", "not_sent",
-        "save_card", "allow_promotion_codes",
+        "save_card", "allow_promotion_codes", "require_aud", "allow_anonymous", "may_buy",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
     known -= {("check_access", "quality"), ("check_access", "model")}  # a gate, not an error
     known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
+    known |= {(verb, "subject") for verb in ("link_identity", "unlink_identity")}  # likewise
     assert known == set(BAD)
