@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 from ledger_support import NOON, Ledger, session
-from pgcredits.client import ours
 from psycopg import Connection, sql
 from psycopg.rows import namedtuple_row
 from psycopg.types.json import Jsonb
+
+from pgcredits.client import ours
 
 ISSUER = "https://issuer.example"
 TOKEN: dict[str, Any] = {"iss": ISSUER, "aud": "credits", "sub": "user-alpha", "exp": NOON.timestamp() + 3600}

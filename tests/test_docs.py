@@ -16,7 +16,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "sql").glob("*
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md", "docs/access.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md", "docs/access.md", "docs/exposure.md"])
 def test_the_statements_of_the_manual_answer_what_it_prints(page: str, client: Client, conn: Connection[Any]) -> None:
     client.open_account(account_id="user_1")
     conn.execute("select credits.load_demo_catalog()")

@@ -38,7 +38,7 @@ BREACHES = {
         "without a comment",
     ),
     "an internal function is granted": ("grant execute on function credits._fail to credits_service", "internal"),
-    "a verb is granted to end users": ("grant execute on function credits.spend to credits_user", "verb of the backend"),
+    "a verb is granted to end users": ("grant execute on function credits.spend to credits_user", "of the backend"),
     "what is for end users is granted to the backend": (
         "grant execute on function credits._my_balance to credits_service",
         "internal",
