@@ -1,9 +1,16 @@
+-- Unless another database of the cluster uses the roles, too.
 do $$
 begin
-  execute format('alter role credits_user in database %I reset statement_timeout', current_database());
-  execute format('alter role credits_user in database %I reset lock_timeout', current_database());
-  execute format('alter role credits_service in database %I reset statement_timeout', current_database());
-exception when insufficient_privilege then null;
+  if not exists (select from pg_catalog.pg_shdepend d
+                  where d.refclassid = 'pg_authid'::regclass and d.refobjid = 'credits_user'::regrole
+                    and d.dbid not in (select 0 union all
+                                       select b.oid from pg_catalog.pg_database b where b.datname = current_database())) then
+    alter role credits_user reset statement_timeout;
+    alter role credits_user reset lock_timeout;
+    alter role credits_service reset statement_timeout;
+  end if;
+exception when insufficient_privilege or internal_error then
+  raise notice 'the timeouts of the roles stay: %', sqlerrm;
 end $$;
 
 set local role credits_owner;

@@ -54,13 +54,23 @@ alter table credits.issuers enable row level security;
 alter table credits.identities enable row level security;
 alter table credits.enabled_roles enable row level security;
 
--- For whatever logs in as these roles or, as PostgREST does, takes over their settings. Whose roles they are says so.
+-- PostgREST takes over the settings of a role, but only those for the whole cluster: another database may have set them, or be
+-- about to.
 reset role;
 do $$
+declare
+  v_set record;
 begin
-  execute format('alter role credits_user in database %I set statement_timeout = %L', current_database(), '8s');
-  execute format('alter role credits_user in database %I set lock_timeout = %L', current_database(), '4s');
-  execute format('alter role credits_service in database %I set statement_timeout = %L', current_database(), '60s');
-exception when insufficient_privilege then
-  raise notice 'no timeouts for the roles of pgcredits: % may not alter them', current_user;
+  for v_set in
+    select t.role, t.name, t.value
+      from (values ('credits_user',    'statement_timeout', '8s'),
+                   ('credits_user',    'lock_timeout',      '4s'),
+                   ('credits_service', 'statement_timeout', '60s')) t (role, name, value)
+      join pg_catalog.pg_roles r on r.rolname = t.role
+     where (t.name || '=' || t.value = any (r.rolconfig)) is not true
+  loop
+    execute format('alter role %I set %I = %L', v_set.role, v_set.name, v_set.value);
+  end loop;
+exception when insufficient_privilege or internal_error then  -- the latter: "tuple concurrently updated"
+  raise notice 'the timeouts of the roles are not set: %', sqlerrm;
 end $$;
