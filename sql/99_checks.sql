@@ -2,7 +2,8 @@
 
 create or replace view credits.house_rule_violations as
 with functions as (
-  select p.*, n.nspname as schema, p.oid::pg_catalog.regprocedure::text as object
+  select p.*, n.nspname as schema, p.oid::pg_catalog.regprocedure::text as object,
+         n.nspname = 'credits' and p.proname like '\_my\_%' as is_mine
     from pg_catalog.pg_proc p
     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
    where n.nspname in ('credits', 'credits_api')
@@ -12,23 +13,34 @@ with functions as (
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
    where n.nspname in ('credits', 'credits_api')
 ), granted as (
-  select f.*
-    from functions f
-   where pg_catalog.has_function_privilege('credits_service', f.oid, 'execute')
-      or pg_catalog.has_function_privilege('credits_user', f.oid, 'execute')
+  select f.*, r.role
+    from functions f, (values ('credits_service'), ('credits_user')) r (role)
+   where pg_catalog.has_function_privilege(r.role, f.oid, 'execute')
 )
+-- A body that is bound to its names when it is made looks nothing up later.
 select 'search_path is not pinned' as finding, f.object
   from functions f
- where (f.prosecdef or f.prokind = 'f' and f.object in (select g.object from granted g))  -- a procedure could not commit
+ where (f.prosecdef or f.prokind = 'f' and f.prosqlbody is null  -- a procedure could not commit
+                       and f.object in (select g.object from granted g))
    and not coalesce('search_path=pg_catalog, pg_temp' = any (f.proconfig), false)
 union all
 select 'definer in the exposed schema', f.object from functions f where f.prosecdef and f.schema = 'credits_api'
 union all
 select 'executable by everyone', f.object from functions f where pg_catalog.has_function_privilege('public', f.oid, 'execute')
 union all
-select 'internal but granted', g.object from granted g where g.proname like '\_%'
+select 'not bound to its names in the exposed schema', f.object from functions f
+ where f.schema = 'credits_api' and f.prosqlbody is null
 union all
-select 'granted but without a comment', g.object from granted g where pg_catalog.obj_description(g.oid, 'pg_proc') is null
+select 'internal but granted', g.object from granted g
+ where g.proname like '\_%' and not (g.is_mine and g.role = 'credits_user')
+union all
+select 'a verb of the backend in reach of end users', g.object from granted g
+ where g.role = 'credits_user' and g.schema = 'credits' and not g.is_mine
+union all
+select 'for end users but not run as the owner', f.object from functions f where f.is_mine and not f.prosecdef
+union all
+select 'granted but without a comment', g.object from granted g
+ where not g.is_mine and pg_catalog.obj_description(g.oid, 'pg_proc') is null
 union all
 select 'overloaded', f.schema || '.' || f.proname from functions f group by f.schema, f.proname having count(*) > 1
 union all
@@ -39,6 +51,11 @@ select 'table without row level security', r.object from relations r where r.rel
 union all
 select 'table without a comment', r.object from relations r
  where r.relkind in ('r', 'p', 'v') and pg_catalog.obj_description(r.oid, 'pg_class') is null
+union all
+select 'may be written by ' || w.role, r.object
+  from relations r, (values ('credits_service'), ('credits_user')) w (role)
+ where r.relkind in ('r', 'p', 'v')
+   and pg_catalog.has_table_privilege(w.role, r.oid, 'insert, update, delete, truncate, references, trigger')
 union all
 select 'table in the exposed schema', r.object from relations r where r.relkind in ('r', 'p', 'f', 'm') and r.schema = 'credits_api'
 union all

@@ -375,3 +375,21 @@ class Client:
 
     def cron_statements(self, **more: Any) -> list[Any]:
         return self.rows("cron_statements", **more)
+
+    def set_issuer(self, issuer: str | None, **more: Any) -> Any:
+        return self.row("set_issuer", issuer=issuer, **more)
+
+    def remove_issuer(self, issuer: str | None) -> int:
+        value: int = self.row("remove_issuer", issuer=issuer)[0]
+        return value
+
+    def link_identity(self, account_id: str | None, issuer: str | None, subject: str | None, **more: Any) -> Any:
+        return self.row("link_identity", account_id=account_id, issuer=issuer, subject=subject, **more)
+
+    def unlink_identity(self, account_id: str | None, issuer: str | None, subject: str | None, **more: Any) -> bool:
+        row = self.row("unlink_identity", account_id=account_id, issuer=issuer, subject=subject, **more)
+        value: bool = row[0]
+        return value
+
+    def list_identities(self, account_id: str | None) -> list[Any]:
+        return self.rows("list_identities", account_id=account_id)

@@ -137,6 +137,11 @@ GOOD: dict[str, dict[str, Any]] = {
     "claim_job": {"runner": "one"},
     "run_job": {"name": "purge_job_history", "runner": "one"},
     "run_due_jobs": {"runner": "one"},
+    "set_issuer": {"issuer": "https://issuer.example", "audiences": ["credits"], "org_claim": ["o", "id"]},
+    "remove_issuer": {"issuer": "https://issuer.example"},
+    "link_identity": {"account_id": "alpha", "issuer": "https://issuer.example", "subject": "u1", "kind": "org"},
+    "unlink_identity": {"account_id": "alpha", "issuer": "https://issuer.example", "subject": "u1", "kind": "org"},
+    "list_identities": {"account_id": "alpha"},
 }  # fmt: skip
 
 BAD: dict[tuple[str, str], Wrong] = {
@@ -308,6 +313,12 @@ BAD: dict[tuple[str, str], Wrong] = {
     },
     ("list_purchases", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("purchase_totals", "group_by"): {INVALID: [None, "", "month", "Day", LONG]},
+    **{(verb, "issuer"): KEY for verb in ("set_issuer", "remove_issuer", "unlink_identity")},
+    ("link_identity", "issuer"): {INVALID: KEY[INVALID], (404, "issuer_not_found"): ["https://other.example", "x"]},
+    **{(verb, "subject"): KEY for verb in ("link_identity", "unlink_identity")},
+    **{(verb, "kind"): {INVALID: ["", "User", "organization", LONG]} for verb in ("link_identity", "unlink_identity")},
+    ("set_issuer", "audiences"): {INVALID: [None, [], [""], [None], ["credits", None]]},
+    ("set_issuer", "org_claim"): {INVALID: [[], [None]]},
     ("set_time_zone", "time_zone"): {INVALID: [None, "", "Mars/Olympus", "europe/berlin", "+02:00", LONG]},
 }
 
@@ -377,6 +388,11 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("create_checkout", "save_card"): NOT_A_NUMBER,
     ("create_checkout", "allow_promotion_codes"): NOT_A_NUMBER,
     ("create_checkout", "metadata"): NOT_A_NUMBER,
+    ("set_issuer", "audiences"): NOT_A_NUMBER,
+    ("set_issuer", "require_aud"): NOT_A_NUMBER,
+    ("set_issuer", "org_claim"): NOT_A_NUMBER,
+    ("set_issuer", "allow_anonymous"): NOT_A_NUMBER,
+    ("link_identity", "may_buy"): NOT_A_NUMBER,
 }
 
 LOST = """{"id": "evt_0", "type": "customer.subscription.updated", "created": 1893456000, "data": {"object": {
@@ -411,6 +427,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     named = {"id": "cus_4", "object": "customer", "metadata": {"account_id": "delta"}, "invoice_settings": card}
     ledger.tell("customer.created", named)
     ledger.reconcile_stripe()
+    ledger.set_issuer("https://issuer.example", audiences=["credits"])
     return ledger
 
 
@@ -508,6 +525,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled",
         "repair", "after",
         "standby", "run_id", "remove", "elsewhere",
+        "require_aud", "allow_anonymous", "may_buy",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
@@ -520,4 +538,5 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         ("list_notifications", "kind"),
         ("remove_notification_endpoint", "name"),
     }  # nothing is found
+    known |= {(verb, "subject") for verb in ("link_identity", "unlink_identity")}  # likewise
     assert known == set(BAD)

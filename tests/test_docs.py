@@ -19,7 +19,9 @@ WITH_A_CARD = """{"id": "evt_0", "type": "customer.created", "created": 18934560
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md", "docs/access.md", "docs/auto-topup.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/subscriptions.md", "docs/access.md", "docs/auto-topup.md", "docs/exposure.md"]
+)
 def test_the_statements_of_the_manual_answer_what_it_prints(page: str, client: Client, conn: Connection[Any]) -> None:
     client.open_account(account_id="user_1")
     conn.execute("select credits.load_demo_catalog()")

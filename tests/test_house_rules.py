@@ -38,6 +38,21 @@ BREACHES = {
         "without a comment",
     ),
     "an internal function is granted": ("grant execute on function credits._fail to credits_service", "internal"),
+    "a verb is granted to end users": ("grant execute on function credits.spend to credits_user", "of the backend"),
+    "what is for end users is granted to the backend": (
+        "grant execute on function credits._my_balance to credits_service",
+        "internal",
+    ),
+    "what is for end users runs as they do": (
+        "create function credits._my_f() returns int language sql as 'select 1'",
+        "not run as the owner",
+    ),
+    "a body of the exposed schema looks names up": (
+        "create function credits_api.f() returns int language sql as 'select 1'",
+        "not bound",
+    ),
+    "a table that the backend may write": ("grant insert on credits.entries to credits_service", "may be written"),
+    "a view that end users may write": ("grant update on credits_api.accounts to credits_user", "may be written"),
     "overloaded": (f"{FUNCTION} as 'select 1'; create function credits.f(a int) returns int return 1", "overloaded"),
     "a table without row level security": ("create table credits.t ()", "row level security"),
     "a table in the exposed schema": (
@@ -58,17 +73,18 @@ def test_a_breach_is_seen(owner: Connection[Any], breach: str) -> None:
 def test_every_granted_function_is_described(owner: Connection[Any]) -> None:
     granted = owner.execute(
         """
-        select p.proname, coalesce(obj_description(p.oid, 'pg_proc'), ''), p.proconfig
+        select p.proname, coalesce(obj_description(p.oid, 'pg_proc'), ''), p.proconfig, p.prosqlbody is not null
           from pg_proc p
-         where p.pronamespace in ('credits'::regnamespace, 'credits_api'::regnamespace) and p.prokind = 'f'
+         where p.proname not like '\\_my\\_%'
+           and p.pronamespace in ('credits'::regnamespace, 'credits_api'::regnamespace) and p.prokind = 'f'
            and (has_function_privilege('credits_service', p.oid, 'execute')
                 or has_function_privilege('credits_user', p.oid, 'execute'))
         """
     ).fetchall()
     assert len(granted) > 20
-    for name, comment, config in granted:
+    for name, comment, config, is_bound in granted:
         assert re.match(r"[A-Z].+\.(\n|$)", comment), f"{name}: the first line is a summary"
-        assert config == ["search_path=pg_catalog, pg_temp"], name
+        assert config == (None if is_bound else ["search_path=pg_catalog, pg_temp"]), name
 
 
 def rerunnable(statement: ast.Node | None) -> bool:
