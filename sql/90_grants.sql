@@ -24,8 +24,8 @@ grant execute on function
   credits.use_credits_validated, credits.add_subscription_credits, credits.get_or_create_stripe_customer,
   credits.receive_stripe_event, credits.process_stripe_events, credits.replay_stripe_event, credits.list_stripe_events,
   credits.archive_stripe_events, credits.set_stripe_endpoint,
-  credits.claim_stripe_requests, credits.complete_stripe_request, credits.retry_stripe_request,
-  credits.create_checkout, credits.get_checkout, credits.create_portal_session,
+  credits.claim_stripe_requests, credits.claim_stripe_request, credits.complete_stripe_request, credits.retry_stripe_request,
+  credits.create_checkout, credits.get_checkout, credits.create_portal_session, credits.get_portal_session,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription
 to credits_service;
 
