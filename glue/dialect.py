@@ -55,7 +55,8 @@ class Reading:
             " nullif(current_setting('credits.await', true), '') as awaits from page _page"
         ).format(
             source[0], condition, sql.SQL("s.*") if scalar else self.columns, self.order,
-            sql.SQL("(select count(*) from src)" if counted else "null::bigint"), sql.NULL if void else row,
+            sql.SQL("(select count(*) from src)" if counted else "null::bigint"),
+            sql.SQL("null::json") if void else row,
         )  # fmt: skip
         return query, [*source[1], *values, self.limit, self.offset]
 

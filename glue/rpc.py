@@ -127,12 +127,13 @@ class Catalog:
         self._database = database
         self._functions: dict[str, dict[str, list[Function]]] = {}
         self._read_at: dict[str, float] = {}
+        self._doubted: set[str] = set()
         self._reading = asyncio.Lock()
 
     async def find(self, schema: str, name: str, given: set[str]) -> Function:
         """The function that takes these arguments. Raises Refused."""
         found = self._matching(schema, name, given)
-        if len(found) != 1:
+        if len(found) != 1 or schema in self._doubted:
             async with self._reading:
                 if time.monotonic() - self._read_at.get(schema, -STALE) >= STALE:
                     await self._read(schema)
@@ -144,9 +145,9 @@ class Catalog:
             raise Refused(300, f"Could not choose the best candidate function for {asked}", None, code="PGRST203")
         raise Refused(404, f"Could not find the function {asked} in the schema cache"[:500], None, code="PGRST202")
 
-    def forget(self, schema: str) -> None:
-        """What is known may be wrong."""
-        self._functions.pop(schema, None)
+    def doubt(self, schema: str) -> None:
+        """What is known may be wrong: it serves until it may be read anew."""
+        self._doubted.add(schema)
 
     def _matching(self, schema: str, name: str, given: set[str]) -> list[Function]:
         return [one for one in self._functions.get(schema, {}).get(name, []) if one.takes(given)]
@@ -161,6 +162,7 @@ class Catalog:
                     arguments = dict(zip(names, types, strict=True))
                     functions[row["name"]].append(Function(schema=schema, arguments=arguments, **row))
         self._functions[schema], self._read_at[schema] = dict(functions), time.monotonic()
+        self._doubted.discard(schema)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class Forwarder:
         try:
             return await self._run(function.schema, query, asked, caller, writes=writes)
         except psycopg.errors.UndefinedFunction:
-            self.catalog.forget(function.schema)  # a deploy has changed it
+            self.catalog.doubt(function.schema)  # perhaps a deploy has changed it
             raise
 
     async def _run(self, schema: str, query: Part, asked: Reading, caller: Caller, *, writes: bool) -> Row:
