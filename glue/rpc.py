@@ -35,7 +35,8 @@ from pgcredits.worker import Worker
 SCHEMAS = ("credits_api", "credits")  # the first is meant where none is named
 OURS = 500  # errors from here on are for our log, too
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-STALE = 3.0  # seconds after which a function that is not known is looked for again
+STALE = 3.0  # seconds after which a function that is not known is looked for again,
+OLD = 60.0  # and those that are known
 GRACE = 2.0  # seconds that the database may take beside its statement
 PAUSES = (0.1, 0.2, 0.4, 0.8, *(1.6,) * 40)  # seconds between looks at a request that somebody else sends
 REQUEST_HEADERS = (
@@ -133,9 +134,9 @@ class Catalog:
     async def find(self, schema: str, name: str, given: set[str]) -> Function:
         """The function that takes these arguments. Raises Refused."""
         found = self._matching(schema, name, given)
-        if len(found) != 1 or schema in self._doubted:
+        if len(found) != 1 or schema in self._doubted or self._age(schema) >= OLD:
             async with self._reading:
-                if time.monotonic() - self._read_at.get(schema, -STALE) >= STALE:
+                if self._age(schema) >= STALE:
                     await self._read(schema)
             found = self._matching(schema, name, given)
         if len(found) == 1:
@@ -151,6 +152,9 @@ class Catalog:
 
     def _matching(self, schema: str, name: str, given: set[str]) -> list[Function]:
         return [one for one in self._functions.get(schema, {}).get(name, []) if one.takes(given)]
+
+    def _age(self, schema: str) -> float:
+        return time.monotonic() - self._read_at.get(schema, -OLD)
 
     async def _read(self, schema: str) -> None:
         functions: dict[str, list[Function]] = defaultdict(list)
@@ -325,6 +329,9 @@ async def translated(missing: str = "") -> AsyncIterator[None]:
     """The database's errors become the answers that PostgREST gives. missing is what to say of a view that is none."""
     try:
         yield
+    except PoolTimeout as error:
+        hint = "No connection was free in time (PGCREDITS_POOL_TIMEOUT)."
+        raise Refused(504, "Timed out acquiring connection from connection pool.", hint, code="PGRST003") from error
     except psycopg.Error as error:
         if error.sqlstate is None:
             log.error("the database does not answer: %s", error)  # noqa: TRY400 - one line for each request, not a page
@@ -332,9 +339,6 @@ async def translated(missing: str = "") -> AsyncIterator[None]:
         if missing and error.sqlstate == "42P01":
             raise Refused(404, missing, None, code="PGRST205") from error
         raise refusal(error.sqlstate, error.diag) from error
-    except PoolTimeout as error:
-        hint = "No connection was free in time (PGCREDITS_POOL_TIMEOUT)."
-        raise Refused(504, "Timed out acquiring connection from connection pool.", hint, code="PGRST003") from error
     except (OSError, TimeoutError) as error:
         log.error("the database does not answer: %s", error)  # noqa: TRY400 - as above
         raise Refused(503, "Database client error. Retrying the connection.", None, code="PGRST000") from error

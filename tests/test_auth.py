@@ -131,13 +131,24 @@ def test_those_who_are_believed(verifier: auth.Verifier) -> None:
 
 
 def test_the_role_comes_from_our_list(verifier: auth.Verifier) -> None:
-    service = {"role": "credits_service"}
+    service: dict[str, Any] = {"role": "credits_service"}
     assert caller(verifier, ours(**service)).role == "credits_service"
     assert caller(verifier, signed(iss=BACKEND, **service)).role == "credits_service"
     assert caller(verifier, signed(role="authenticated")).role == "credits_user"
     assert refused(verifier, b"Bearer " + signed(**service).encode()) == (403, "42501")
-    for role in ("postgres", "credits_owner", "credits_forwarder", "", 'a"; set role x', 5, ["credits_user"], {}, True):
-        assert refused(verifier, b"Bearer " + ours(role=role).encode()) == (403, "42501"), role
+    wrong: Any
+    for wrong in (
+        "postgres",
+        "credits_owner",
+        "credits_forwarder",
+        "",
+        'a"; set role x',
+        5,
+        ["credits_user"],
+        {},
+        True,
+    ):
+        assert refused(verifier, b"Bearer " + ours(role=wrong).encode()) == (403, "42501"), wrong
 
 
 BAD: dict[str, Callable[[], str]] = {
