@@ -88,7 +88,7 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
-    """Serve the door: Stripe's webhooks, the health checks, and, with STRIPE_SECRET_KEY, requests to Stripe."""
+    """Serve the door: webhooks, calls, the health checks, and, with STRIPE_SECRET_KEY, requests to Stripe."""
     logging.basicConfig(level=logging.INFO, format=LOG)
     settings = Settings.from_environment()
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:

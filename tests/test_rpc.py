@@ -383,9 +383,7 @@ def test_whoever_sends_it_the_buyer_gets_the_answer(database: Database) -> None:
     """It cannot be claimed at first, as if another process had it: this one looks until there is an answer."""
     with StripeFake() as fake, shop(database, fake) as (door, ledger):
         found: list[Any] = []
-        ledger.change(
-            "insert into credits.stripe_queue_stop (stopped_at, until) select now(), now() + interval '1 hour'"
-        )
+        ledger.change("insert into credits.stripe_queue_stop values (true, now(), now() + interval '1 hour', 0)")
         waiting = threading.Thread(target=lambda: found.append(check_out(door)))
         waiting.start()
         time.sleep(0.5)
