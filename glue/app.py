@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pgcredits import notifier, ticker, webhook, worker
+from pgcredits import notifier, rpc, ticker, webhook, worker
+from pgcredits.answers import Refused, not_now
+from pgcredits.auth import Verifier
 from pgcredits.db import Database
 from pgcredits.settings import Settings
-from pgcredits.webhook import Refused, not_now
 
 log = logging.getLogger("pgcredits.app")
 
@@ -25,11 +26,11 @@ def create_app(settings: Settings) -> Starlette:
     database = Database(settings.dsn, role=settings.role, size=settings.pool_size, wait=settings.pool_timeout)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         await database.open()
         try:
             async with (
-                worker.running(database, settings),
+                worker.running(database, settings) as app.state.worker,
                 notifier.running(database, settings),
                 ticker.running(database, settings),
             ):
@@ -42,6 +43,7 @@ def create_app(settings: Settings) -> Starlette:
             Route("/webhooks/stripe/{endpoint}", webhook.receive, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
+            *rpc.routes(settings),
         ],
         exception_handlers={Refused: refused, HTTPException: http_error, Exception: unexpected},
         lifespan=lifespan,
@@ -49,6 +51,7 @@ def create_app(settings: Settings) -> Starlette:
     app.router.redirect_slashes = False  # to Stripe a redirect is a failure
     app.state.settings = settings
     app.state.database = database
+    app.state.forwarder = rpc.Forwarder(database, settings, Verifier(settings), rpc.Catalog(database))
     return app
 
 

@@ -98,7 +98,7 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
-    """Serve the door: Stripe's webhooks, health checks, jobs, and, with STRIPE_SECRET_KEY, requests to Stripe."""
+    """Serve the door: webhooks, calls, health checks, jobs, notifications and, with STRIPE_SECRET_KEY, Stripe's worker."""
     logging.basicConfig(level=logging.INFO, format=LOG)
     settings = Settings.from_environment()
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:

@@ -74,13 +74,13 @@ class Database:
         Raises psycopg.Error (its sqlstate PTnnn is ours) or psycopg_pool.PoolTimeout.
         """
         query, parameters = statement(function, arguments)
-        async with self._transaction() as conn:
+        async with self.transaction() as conn:
             cursor = await conn.execute(query, parameters)
             return await cursor.fetchall()
 
     async def ready(self) -> str | None:
         """None, or what keeps this process from doing its work. Raises as call does."""
-        async with self._transaction() as conn:
+        async with self.transaction() as conn:
             cursor = await conn.execute(
                 "select has_schema_privilege(n.oid, 'usage') as allowed, case when has_schema_privilege(n.oid, 'usage')"
                 " then to_regprocedure('credits.receive_stripe_event(text, text)') end as installed"
@@ -92,8 +92,10 @@ class Database:
         return None if row and row["installed"] else "the schema is not there; run: pgcredits migrate"
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[AsyncConnection[DictRow]]:
+    async def transaction(self, role: str | None = None) -> AsyncIterator[AsyncConnection[DictRow]]:
+        """A transaction, committed at the end unless there was an error; in our role or another ('': the login's)."""
+        taken = self._role if role is None else role
         async with self._pool.connection() as conn:
-            if self._role:
-                await conn.execute("select set_config('role', %s, true)", [self._role])
+            if taken:
+                await conn.execute("select set_config('role', %s, true)", [taken])
             yield conn

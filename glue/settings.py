@@ -1,15 +1,25 @@
 """Settings, all from the environment. `.env.example` says what each is for."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 
 class SettingsError(Exception):
     """A setting cannot be understood; the text names it."""
+
+
+@dataclass(frozen=True)
+class Issuer:
+    """Whose tokens count: the address of its keys, what `aud` must name (empty: any), may it say credits_service."""
+
+    jwks: str
+    audience: tuple[str, ...] = ()
+    service: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,13 @@ class Settings:
     mail_from: str = ""
     jobs: bool = False
     cron_dsn: str = field(default="", repr=False)
+    stripe_wait: int = 10
+    jwt_secret: str = field(default="", repr=False)
+    jwt_audience: tuple[str, ...] = ()
+    jwt_issuers: Mapping[str, Issuer] = field(default_factory=dict)
+    cors_origins: tuple[str, ...] = ()
+    statement_timeout: int = 5
+    max_rows: int = 1000
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -55,6 +72,13 @@ class Settings:
             mail_from=environment.get("PGCREDITS_MAIL_FROM", cls.mail_from),
             jobs=_switch(environment, "PGCREDITS_JOBS", default=True),
             cron_dsn=environment.get("PGCREDITS_CRON_DSN", cls.cron_dsn),
+            stripe_wait=_number(environment, "PGCREDITS_STRIPE_WAIT", cls.stripe_wait, 0, 60),
+            jwt_secret=environment.get("PGCREDITS_JWT_SECRET", cls.jwt_secret),
+            jwt_audience=_list(environment, "PGCREDITS_JWT_AUDIENCE"),
+            jwt_issuers=_issuers(environment),
+            cors_origins=_list(environment, "PGCREDITS_CORS_ORIGINS"),
+            statement_timeout=_number(environment, "PGCREDITS_STATEMENT_TIMEOUT", cls.statement_timeout, 1, 600),
+            max_rows=_number(environment, "PGCREDITS_MAX_ROWS", cls.max_rows, 1, 100_000),
         )
 
     def secrets_of(self, endpoint: str) -> tuple[str, ...]:
@@ -105,3 +129,35 @@ def _number(environment: Mapping[str, str], name: str, default: int, least: int,
     if not re.fullmatch(r"[0-9]{1,12}", text) or not least <= int(text) <= most:
         raise SettingsError(f"{name} must be a number from {least} to {most}, not {text!r}")
     return int(text)
+
+
+def _list(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in environment.get(name, "").split(",") if one.strip())
+
+
+def _issuers(environment: Mapping[str, str]) -> dict[str, Issuer]:
+    """{"issuer": "address of its JWKS"}, or of an object with jwks, audience and service."""
+    try:
+        given = json.loads(environment.get("PGCREDITS_JWT_ISSUERS") or "{}")
+        return {
+            name: _issuer(environment, {"jwks": one} if isinstance(one, str) else one) for name, one in given.items()
+        }
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise SettingsError(
+            'PGCREDITS_JWT_ISSUERS must be JSON such as {"https://id.example.com": {"jwks": "https://id.example.com/keys",'
+            f' "audience": "credits", "service": false}}}}: {error}'
+        ) from error
+
+
+def _issuer(environment: Mapping[str, str], given: dict[str, Any]) -> Issuer:
+    if unknown := given.keys() - {"jwks", "audience", "service"}:
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+    if not re.fullmatch(r"https://[^\s#]+|http://(127\.0\.0\.1|localhost|\[::1\])[:/][^\s#]*", given["jwks"]):
+        raise ValueError(f"jwks must be an https address, not {given['jwks']!r}")
+    audience = given.get("audience", _list(environment, "PGCREDITS_JWT_AUDIENCE"))
+    if "audience" not in given and not audience:
+        raise ValueError("audience is missing; null accepts tokens for anybody")
+    service = given.get("service", False)
+    if not isinstance(service, bool):
+        raise TypeError("service must be true or false")
+    return Issuer(given["jwks"], (audience,) if isinstance(audience, str) else tuple(audience or ()), service)

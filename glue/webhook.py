@@ -9,10 +9,11 @@ import time
 
 import psycopg
 from psycopg_pool import PoolTimeout
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from stripe import SignatureVerificationError, WebhookSignature
 
+from pgcredits.answers import Refused, not_now, read
 from pgcredits.db import Database
 from pgcredits.settings import Settings
 
@@ -20,27 +21,6 @@ TOLERANCE = 300  # seconds, as in Stripe's own libraries; the function that veri
 PATIENCE = 9  # seconds for the database: Checkout makes the buyer wait 10 for this answer
 
 log = logging.getLogger("pgcredits.webhook")
-
-
-class Refused(Exception):  # noqa: N818 - it says what the answer will be
-    """A request is answered with status and the four keys of PostgREST's errors."""
-
-    def __init__(self, status: int, message: str, hint: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.hint, self.headers = status, message, hint, headers
-
-    def response(self) -> Response:
-        """The answer."""
-        return JSONResponse(
-            {"code": f"PT{self.status}", "message": self.message, "details": None, "hint": self.hint},
-            self.status,
-            self.headers,
-        )
-
-
-def not_now(message: str, hint: str) -> Refused:
-    """503: try again; nothing was acknowledged."""
-    return Refused(503, message, hint, {"Retry-After": "5"})
 
 
 async def receive(request: Request) -> Response:
@@ -63,26 +43,6 @@ async def receive(request: Request) -> Response:
         log.error("endpoint %s: not stored; Stripe will try again: %s: %s", endpoint, type(error).__name__, error)  # noqa: TRY400 - one line per event, not a page
         raise not_now("not_stored", "The event could not be stored. Send it again.") from error
     return JSONResponse({"event_id": row["event_id"], "outcome": row["outcome"]})
-
-
-async def read(request: Request, limit: int) -> bytes:
-    """The raw body, refused as soon as it is known to be longer than limit."""
-    # Not read to its end, so nothing can follow it on this connection.
-    too_large = Refused(
-        413, "payload_too_large", f"The body may have {limit} bytes (PGCREDITS_MAX_BODY).", {"Connection": "close"}
-    )
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
-    except ClientDisconnect as error:
-        raise Refused(400, "invalid_request", "The body ended early.") from error
-    return bytes(body)
 
 
 def verified(body: bytes, header: str | None, secrets: tuple[str, ...]) -> str:

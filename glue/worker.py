@@ -55,26 +55,49 @@ class Worker:
         self._database = database
         self._key, self._base = settings.stripe_key, settings.stripe_api_base
         self._name = f"{socket.gethostname()}:{os.getpid()}"
+        self._running: set[asyncio.Task[None]] = set()
+        self._client: stripe.StripeClient | None = None
 
     async def run(self, stop: asyncio.Event, *, once: bool = False) -> None:
         """Work until stop is set, or with once until nothing is due; then finish what is in flight."""
         for name in ("httpx", "stripe"):
             logging.getLogger(name).setLevel(logging.WARNING)  # each address, with what is asked for, is not for a log
-        running: set[asyncio.Task[None]] = set()
         stopping = asyncio.create_task(stop.wait())
         async with self._stripe() as client:
+            self._client = client
             while not stop.is_set():
-                rows = await self._claim(IN_FLIGHT - len(running), must=once)
+                rows = await self._claim(IN_FLIGHT - len(self._running), must=once)
                 for row in rows or []:
-                    task = asyncio.create_task(self._work(client, row))
-                    running.add(task)
-                    task.add_done_callback(running.discard)
-                if once and not running:
+                    self._start(client, row)
+                if once and not self._running:
                     break
                 pause = TROUBLE if rows is None else POLL
-                await asyncio.wait({stopping, *running}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.gather(*running)
+                await asyncio.wait({stopping, *self._running}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+            self._client = None
+            await asyncio.gather(*self._running)
         stopping.cancel()
+
+    async def execute(self, request_id: int, seconds: float) -> bool:
+        """Send one request at once, for somebody who waits so long at most. False: it is not due, or there is no room.
+
+        Raises psycopg.Error or psycopg_pool.PoolTimeout. What takes longer goes on by itself.
+        """
+        client = self._client
+        if client is None or len(self._running) >= 2 * IN_FLIGHT:
+            return False
+        rows = await self._database.call(
+            "claim_stripe_request", request_id=request_id, worker=self._name, stripe_version=VERSION
+        )
+        tasks = {self._start(client, row) for row in rows}
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+        return bool(tasks)
+
+    def _start(self, client: stripe.StripeClient, row: Row) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._work(client, row))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
     @asynccontextmanager
     async def _stripe(self) -> AsyncIterator[stripe.StripeClient]:
@@ -87,7 +110,7 @@ class Worker:
 
     async def _claim(self, free: int, *, must: bool) -> list[Row] | None:
         """What is due, or None if the database cannot say; where it must, that is an error."""
-        if not free:
+        if free <= 0:
             return []
         try:
             return await self._database.call(
@@ -163,15 +186,15 @@ def encodable(value: Any, *, listed: bool = False) -> Any:
 
 
 @asynccontextmanager
-async def running(database: Database, settings: Settings) -> AsyncIterator[None]:
+async def running(database: Database, settings: Settings) -> AsyncIterator[Worker | None]:
     """Work beside the block, if there is a key. At its end what is in flight is finished."""
     if not settings.stripe_key:
-        yield
+        yield None
         return
-    stop = asyncio.Event()
-    task = asyncio.create_task(Worker(database, settings).run(stop))
+    stop, worker = asyncio.Event(), Worker(database, settings)
+    task = asyncio.create_task(worker.run(stop))
     try:
-        yield
+        yield worker
     finally:
         stop.set()
         await task

@@ -52,6 +52,35 @@ for (stripe_lookups): found, it is the answer; not found, it is asked anew or ha
 stripe_request_unknown. After a 401 nothing is claimed for 5 minutes, then one request, to try the key.
 Errors: 400 invalid_request.';
 
+create or replace function credits.claim_stripe_request(
+  request_id     bigint,
+  worker         text default null,
+  stripe_version text default null
+)
+returns setof credits.claimed_stripe_request
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_now   timestamptz := credits.now();
+  v_until timestamptz := v_now + (credits._setting('stripe_request_lease') #>> '{}')::interval;
+begin
+  perform credits._give_up_unknown(v_now);
+  if exists (select from credits.stripe_queue_stop) then
+    return;
+  end if;
+  return query
+    select c.*
+      from credits._claim_due(1, v_now, v_until, claim_stripe_request.worker, claim_stripe_request.stripe_version,
+                              coalesce(claim_stripe_request.request_id, 0)) c;
+end $$;
+comment on function credits.claim_stripe_request(bigint, text, text) is
+'One request to Stripe, for somebody who waits for its answer: as claim_stripe_requests(), or no row if it is not due.
+
+Not due is also what another worker has, what has had its answer, what waits for an older request, and everything after a 401.
+Errors: none.';
+
 create or replace function credits.retry_stripe_request(request_id bigint)
 returns credits.stripe_request_result
 language plpgsql
@@ -87,13 +116,15 @@ Look at Stripe first whether an unknown one was done: this does it again. It the
 which a checkout or a refund goes from now on.
 Errors: 404 request_not_found, 409 request_not_failed, 422 invalid_amount, for a refund of more than is left.';
 
+drop function if exists credits._claim_due(integer, timestamptz, timestamptz, text, text);
 -- Of the writes about one ref the oldest is first: while it may still be sent, a later one would be undone by it.
 create or replace function credits._claim_due(
   max_rows       integer,
   at             timestamptz,
   until          timestamptz,
   worker         text,
-  stripe_version text
+  stripe_version text,
+  request_id     bigint default null
 )
 returns setof credits.claimed_stripe_request
 language sql
@@ -102,6 +133,7 @@ as $$
     select r.request_id
       from credits.stripe_requests r
      where (r.state = 'queued' and r.run_at <= _claim_due.at or r.state = 'sent' and r.locked_until <= _claim_due.at)
+       and r.request_id = coalesce(_claim_due.request_id, r.request_id)
        and (r.method = 'get' or not exists (
              select from credits.stripe_requests e
               where e.ref = r.ref and e.request_id < r.request_id and e.method <> 'get' and e.state in ('queued', 'sent')))

@@ -1,6 +1,6 @@
 -- Where a buyer is sent: Checkout for a package or a plan, and the customer portal. Stripe is asked once per key, and what it
 -- answers is kept for whoever asks again. Lock order: the account, then its checkouts and purchases; a request to Stripe is
--- only written here, never waited for.
+-- only written here, never waited for; whoever made the call over HTTP may wait in its place (_await).
 
 create or replace function credits.create_checkout(
   account_id            text,
@@ -35,7 +35,7 @@ begin
   v_checkout := credits._checkout(create_checkout.account_id, 'checkout', create_checkout.key);
   if v_checkout.checkout_id is not null then
     perform credits._check_same(v_checkout.fingerprint, v_asked, 'create_checkout', create_checkout.key);
-    return credits._checkout_result(v_checkout, true);
+    return credits._tell_checkout(v_checkout, true);
   end if;
 
   perform credits._check_redirect(create_checkout.success_url, 'success_url');
@@ -51,7 +51,7 @@ begin
   else
     v_checkout := credits._sell_plan(v_checkout, v_asked);
   end if;
-  return credits._checkout_result(v_checkout, false);
+  return credits._tell_checkout(v_checkout, false);
 end $$;
 comment on function credits.create_checkout(text, text, text, text, text, text, integer, boolean, boolean, text, jsonb) is
 'Asks Stripe for a Checkout session in which an account buys a package or subscribes to a plan, once per key.
@@ -75,16 +75,8 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_account  credits.accounts := credits._account(get_checkout.account_id);
-  v_checkout credits.checkouts := credits._checkout(v_account.account_id, 'checkout',
-                                                    credits._check_key(get_checkout.key, 'key'));
 begin
-  if v_checkout.checkout_id is null then
-    perform credits._fail(404, 'checkout_not_found',
-      jsonb_build_object('account_id', get_checkout.account_id, 'key', get_checkout.key));
-  end if;
-  return credits._checkout_result(v_checkout, true);
+  return credits._find_checkout(get_checkout.account_id, 'checkout', get_checkout.key);
 end $$;
 comment on function credits.get_checkout(text, text) is
 'How the session stands that create_checkout() asked for under a key: the same answer, changing nothing.
@@ -111,7 +103,7 @@ begin
   v_checkout := credits._checkout(create_portal_session.account_id, 'portal', create_portal_session.key);
   if v_checkout.checkout_id is not null then
     perform credits._check_same(v_checkout.fingerprint, v_asked, 'create_portal_session', create_portal_session.key);
-    return credits._checkout_result(v_checkout, true);
+    return credits._tell_checkout(v_checkout, true);
   end if;
 
   v_customer := credits._customer_of(create_portal_session.account_id);
@@ -127,7 +119,7 @@ begin
   v_checkout.request_id  := credits._request('portal', v_checkout.checkout_id, 'post', '/v1/billing_portal/sessions',
     jsonb_build_object('customer', v_customer, 'return_url', create_portal_session.return_url), v_checkout.account_id);
   v_checkout := credits._keep_checkout(v_checkout);
-  return credits._checkout_result(v_checkout, false);
+  return credits._tell_checkout(v_checkout, false);
 end $$;
 comment on function credits.create_portal_session(text, text, text) is
 'Asks Stripe for a session of the customer portal, where a customer changes cards, sees invoices and cancels; once per key.
@@ -137,7 +129,80 @@ later than five minutes after it made it: then state is expired, and a new key m
 the setting allowed_redirect_urls.
 Errors: 400 invalid_request, redirect_not_allowed, 404 account_not_found, customer_not_found, 409 idempotency_conflict.';
 
+create or replace function credits.get_portal_session(
+  account_id text,
+  key        text
+)
+returns credits.stripe_session_result
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return credits._find_checkout(get_portal_session.account_id, 'portal', get_portal_session.key);
+end $$;
+comment on function credits.get_portal_session(text, text) is
+'How the session stands that create_portal_session() asked for under a key: the same answer, changing nothing.
+Errors: 400 invalid_request, 404 account_not_found, checkout_not_found.';
+
 -- Helpers -----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._find_checkout(
+  account_id text,
+  kind       text,
+  key        text
+)
+returns credits.stripe_session_result
+language plpgsql
+stable
+as $$
+declare
+  v_account  credits.accounts := credits._account(_find_checkout.account_id);
+  v_checkout credits.checkouts := credits._checkout(v_account.account_id, _find_checkout.kind,
+                                                    credits._check_key(_find_checkout.key, 'key'));
+begin
+  if v_checkout.checkout_id is null then
+    perform credits._fail(404, 'checkout_not_found',
+      jsonb_build_object('account_id', _find_checkout.account_id, 'key', _find_checkout.key));
+  end if;
+  return credits._tell_checkout(v_checkout, true);
+end $$;
+
+-- While Stripe has not answered, the door may send the request at once, and ask again how it stands.
+create or replace function credits._tell_checkout(
+  checkout credits.checkouts,
+  replayed boolean
+)
+returns credits.stripe_session_result
+language plpgsql
+as $$
+declare
+  v_checkout credits.checkouts := _tell_checkout.checkout;
+  v_result   credits.stripe_session_result := credits._checkout_result(v_checkout, _tell_checkout.replayed);
+begin
+  if v_result.state = 'queued' then
+    perform credits._await(v_result.request_id,
+                           case v_checkout.kind when 'portal' then 'get_portal_session' else 'get_checkout' end,
+                           jsonb_build_object('account_id', v_checkout.account_id, 'key', v_checkout.key));
+  end if;
+  return v_result;
+end $$;
+
+-- Tells whoever holds the connection, until the transaction ends: once it is committed, this request may be carried out, and
+-- then this function, with these arguments, has the answer. No answer of ours depends on it.
+create or replace function credits._await(
+  request_id bigint,
+  function   text,
+  arguments  jsonb
+)
+returns void
+language plpgsql
+as $$
+begin
+  perform set_config('credits.await', jsonb_build_object('request_id', _await.request_id, 'function', _await.function,
+                                                         'arguments', _await.arguments)::text, true);
+end $$;
 
 create or replace function credits._checkout(
   account_id text,

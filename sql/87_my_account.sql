@@ -287,3 +287,17 @@ begin
   return credits.create_portal_session(credits._my_account_to_buy(_my_portal_session.account_id),
                                        _my_portal_session.return_url, _my_portal_session.key);
 end $$;
+
+create or replace function credits._my_portal_state(
+  key        text,
+  account_id text
+)
+returns credits.stripe_session_result
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  return credits.get_portal_session(credits._my_account_to_buy(_my_portal_state.account_id), _my_portal_state.key);
+end $$;

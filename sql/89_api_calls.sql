@@ -296,3 +296,18 @@ Call again with the same key until state is done, then go to url, within five mi
 allowed_redirect_urls.
 Errors: 400 invalid_request, redirect_not_allowed, 401 not_authenticated, 403 forbidden, 404 account_not_found,
 customer_not_found, 409 idempotency_conflict.';
+
+create or replace function credits_api.get_portal_session(
+  key        text,
+  account_id text default null
+)
+returns credits.stripe_session_result
+language sql
+stable
+begin atomic
+  select r.*
+    from credits._my_portal_state(get_portal_session.key, get_portal_session.account_id) r;
+end;
+comment on function credits_api.get_portal_session(text, text) is
+'How the session stands that create_portal_session asked for under a key. Changes nothing.
+Errors: 400 invalid_request, 401 not_authenticated, 403 forbidden, 404 account_not_found, checkout_not_found.';

@@ -37,7 +37,8 @@ grant execute on function
   credits.publish_catalog, credits.sync_catalog, credits.get_catalog_sync, credits.stripe_catalog_differences,
   credits.list_jobs, credits.set_job, credits.list_job_runs, credits.claim_job, credits.run_job, credits.run_due_jobs,
   credits.schedule_jobs, credits.unschedule_jobs, credits.cron_statements,
-  credits.set_issuer, credits.remove_issuer, credits.link_identity, credits.unlink_identity, credits.list_identities
+  credits.set_issuer, credits.remove_issuer, credits.link_identity, credits.unlink_identity, credits.list_identities,
+  credits.claim_stripe_request, credits.get_portal_session
 to credits_service;
 
 grant execute on procedure credits.work_jobs to credits_service;
@@ -51,7 +52,8 @@ grant execute on function
   credits_api.get_balance, credits_api.history, credits_api.list_reservations, credits_api.prove_balance,
   credits_api.list_members, credits_api.get_subscription_state, credits_api.get_limits, credits_api.get_usage,
   credits_api.quote, credits_api.check_access, credits_api.list_packages, credits_api.list_plans,
-  credits_api.list_purchases, credits_api.create_checkout, credits_api.get_checkout, credits_api.create_portal_session
+  credits_api.list_purchases, credits_api.create_checkout, credits_api.get_checkout, credits_api.create_portal_session,
+  credits_api.get_portal_session
 to credits_user;
 
 grant select on credits_api.accounts, credits_api.balances, credits_api.grants, credits_api.history, credits_api.reservations,
@@ -63,7 +65,7 @@ grant execute on function
   credits._my_grants, credits._my_history, credits._my_reservations, credits._my_proof, credits._my_members,
   credits._my_subscription, credits._my_limits, credits._my_usage, credits._my_quote, credits._my_access,
   credits._my_packages, credits._my_plans, credits._my_purchases, credits._my_checkout, credits._my_checkout_state,
-  credits._my_portal_session
+  credits._my_portal_session, credits._my_portal_state
 to credits_user;
 
 grant select (account_id, kind, status, created_at) on credits.accounts to credits_user;

@@ -213,6 +213,9 @@ class Client:
     def claim_stripe_requests(self, max_rows: int | None = 10, worker: str | None = "test", **more: Any) -> list[Any]:
         return self.rows("claim_stripe_requests", max_rows=max_rows, worker=worker, **more)
 
+    def claim_stripe_request(self, request_id: int | None, **more: Any) -> list[Any]:
+        return self.rows("claim_stripe_request", request_id=request_id, **more)
+
     def complete_stripe_request(self, request_id: int | None, status: int | None, body: str | None, **more: Any) -> Any:
         return self.row("complete_stripe_request", request_id=request_id, status=status, body=body, **more)
 
@@ -393,3 +396,6 @@ class Client:
 
     def list_identities(self, account_id: str | None) -> list[Any]:
         return self.rows("list_identities", account_id=account_id)
+
+    def get_portal_session(self, account_id: str | None, key: str | None) -> Any:
+        return self.row("get_portal_session", account_id=account_id, key=key)

@@ -385,6 +385,30 @@ def test_a_subscription_is_complete_when_its_session_is(ledger: Ledger) -> None:
     assert (check_out(ledger, plan="team").state, ledger.table("purchases")) == ("complete", [])
 
 
+def awaited(ledger: Ledger) -> Any:
+    """What the transaction tells whoever holds the connection to wait for."""
+    (row,) = ledger.query("select nullif(current_setting('credits.await', true), '')::jsonb as told")
+    return row.told
+
+
+def test_a_call_tells_what_to_wait_for_until_stripe_has_answered(ledger: Ledger) -> None:
+    assert awaited(ledger) is None
+    first = check_out(ledger)
+    told = {
+        "request_id": first.request_id, "function": "get_checkout", "arguments": {"account_id": "alpha", "key": "k"},
+    }  # fmt: skip
+    for call in (partial(check_out, ledger), partial(ledger.get_checkout, "alpha", "k")):
+        assert awaited(ledger) == told
+        ledger.query("select set_config('credits.await', '', true)")
+        call()
+    assert awaited(ledger) == told
+    ledger.query("select set_config('credits.await', '', true)")
+    assert answer(ledger, opened(ledger)) == "done"
+    check_out(ledger)
+    ledger.get_checkout("alpha", "k")
+    assert awaited(ledger) is None
+
+
 # The portal ---------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +426,11 @@ def test_the_portal_is_asked_for_and_open_for_five_minutes(ledger: Ledger) -> No
     assert problems(request.method, request.path, request.params) == []
     assert (first.state, first.url, first.purchase_id) == ("queued", None, None)
     assert same(first, portal(ledger))
+    assert ledger.get_portal_session("alpha", "k") == portal(ledger)
+    assert awaited(ledger) == {
+        "request_id": first.request_id, "function": "get_portal_session",
+        "arguments": {"account_id": "alpha", "key": "k"},
+    }  # fmt: skip
     shown = {
         "id": "bps_1",
         "object": "billing_portal.session",
@@ -410,10 +439,13 @@ def test_the_portal_is_asked_for_and_open_for_five_minutes(ledger: Ledger) -> No
     }
     assert answer(ledger, shown) == "done"
     done = portal(ledger)
+    assert ledger.get_portal_session("alpha", "k") == done
     assert (done.state, done.session_id, done.url) == ("done", "bps_1", "https://billing.stripe.com/1")
     assert done.expires_at == ledger.now + 5 * MINUTE
     with refused(409, "idempotency_conflict"):
         portal(ledger, return_url="http://localhost:3000/other")
+    with refused(404, "checkout_not_found"):
+        ledger.get_checkout("alpha", "k")
     ledger.now += 5 * MINUTE
     assert (portal(ledger).state, portal(ledger).url) == ("expired", None)
 

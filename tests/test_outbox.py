@@ -116,6 +116,29 @@ def test_a_request_whose_worker_did_not_come_back_is_sent_again_as_it_was(ledger
     assert (sent.first_sent_at, sent.last_sent_at, sent.worker) == (NOON, ledger.now, "two")
 
 
+def test_one_request_is_claimed_by_whoever_waits_for_it(ledger: Ledger) -> None:
+    first, second, other = ask(ledger), ask(ledger, "post", "sub_1", "cancel_plan"), retrieve(ledger)
+    resume = ask(ledger, "post", "sub_1", "resume_plan")
+    (row,) = ledger.claim_stripe_request(second, worker="one", stripe_version="2026-10-28.endive")
+    assert (row.request_id, row.attempt, row.locked_until) == (second, 1, NOON + LEASE)
+    assert (kept(ledger, second).worker, kept(ledger, second).stripe_version) == ("one", "2026-10-28.endive")
+    with ledger.unchanged():
+        for nothing in (second, resume, 0, None):  # another has it, it waits for an older one, there is none
+            assert ledger.claim_stripe_request(nothing) == []
+    ledger.change("update credits.stripe_requests set run_at = %s where request_id = %s", NOON + SECOND, first)
+    assert ledger.claim_stripe_request(first) == []
+    assert claimed(ledger) == [other]
+    ledger.now += LEASE
+    assert [row.attempt for row in ledger.claim_stripe_request(second)] == [2]
+    answer(ledger, second, 401, {"error": ERROR})
+    with ledger.unchanged():
+        assert ledger.claim_stripe_request(first) == []
+    ledger.change("delete from credits.stripe_queue_stop")
+    ledger.now += timedelta(hours=23)
+    assert ledger.claim_stripe_request(second) == []
+    assert kept(ledger, second).state == "unknown"
+
+
 def test_the_lease_is_a_setting(ledger: Ledger) -> None:
     ledger.change("update credits.settings set value = '\"30 seconds\"' where name = 'stripe_request_lease'")
     ask(ledger)

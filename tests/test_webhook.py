@@ -233,9 +233,14 @@ def test_a_client_that_leaves_early_does_no_harm(shop: Shop, door: Door, caplog:
 
 
 def test_other_addresses_are_no_redirects(door: Door) -> None:
-    for method, path in (("GET", "/webhooks/stripe/default"), ("PUT", "/healthz"), ("POST", "/readyz")):
+    for method, path in (
+        ("GET", "/webhooks/stripe/default"),
+        ("PUT", "/healthz"),
+        ("POST", "/readyz"),
+        ("POST", "/webhooks"),
+    ):
         assert_refused(door.http.request(method, path), 405, "method_not_allowed", path)
-    for path in ("/webhooks/stripe/default/", "/webhooks/stripe/", "/webhooks/stripe", "/webhooks", "/", "/healthz/"):
+    for path in ("/webhooks/stripe/default/", "/webhooks/stripe/", "/webhooks/stripe", "/", "/healthz/"):
         assert_refused(door.http.post(path), 404, "not_found", path)
 
 
