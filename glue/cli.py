@@ -98,7 +98,7 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
-    """Serve the door: webhooks, calls, health checks, jobs, notifications and, with STRIPE_SECRET_KEY, Stripe's worker."""
+    """Serve the door: webhooks, calls, health checks, jobs, notifications and, with a key, requests to Stripe."""
     logging.basicConfig(level=logging.INFO, format=LOG)
     settings = Settings.from_environment()
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:
