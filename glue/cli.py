@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from pgcredits import __version__, catalog, db, demo, migrate, notifier, stripe_catalog, ticker, worker
+from pgcredits import __version__, catalog, db, demo, migrate, notifier, stripe_catalog, worker
 from pgcredits.app import create_app
+from pgcredits.outbox import process_name
 from pgcredits.settings import Settings, SettingsError
 
 cli = typer.Typer(
@@ -267,7 +268,9 @@ def notify_work(
     logging.basicConfig(level=logging.INFO, format=LOG)
     settings = Settings.from_environment()
     if not notifier.configured(settings):
-        raise SettingsError("set PGCREDITS_NOTIFY_SECRET_<NAME> for an endpoint, or PGCREDITS_SMTP_URL for e-mail")
+        raise SettingsError(
+            "set PGCREDITS_NOTIFY_SECRET_<NAME> for an endpoint, or PGCREDITS_SMTP_URL for e-mail"
+        )
     with _database(dsn, settings) as target:
         asyncio.run(notifier.work(replace(settings, dsn=target), once=once))
 
@@ -379,7 +382,8 @@ def jobs_list(dsn: Dsn = "") -> None:
 
 @jobs_cli.command("run")
 def jobs_run(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Default: all that are due.")] = "", dsn: Dsn = ""
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Default: all that are due.")] = "",
+    dsn: Dsn = "",
 ) -> None:
     """Run a job to its end, due or not, or all that are due. Each batch is committed. Exit code 1 if one fails."""
     failed = False
@@ -420,13 +424,13 @@ def _carry_to_cron(dsn: str, cron_dsn: str, *, remove: bool) -> list[str]:
 def _run_to_end(conn: psycopg.Connection[Any], name: str) -> Iterator[db.Row]:
     more = True
     while more:
-        (row,) = db.call(conn, "run_job", name=name, runner=ticker.runner())
+        (row,) = db.call(conn, "run_job", name=name, runner=process_name())
         more = row["more"]
         yield row
 
 
 def _run_due(conn: psycopg.Connection[Any]) -> Iterator[db.Row]:
-    while claimed := db.call(conn, "claim_job", runner=ticker.runner()):
+    while claimed := db.call(conn, "claim_job", runner=process_name()):
         yield from db.call(conn, "run_job", name=claimed[0]["name"], run_id=claimed[0]["run_id"])
 
 
