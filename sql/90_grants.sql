@@ -26,8 +26,14 @@ grant execute on function
   credits.archive_stripe_events, credits.set_stripe_endpoint,
   credits.claim_stripe_requests, credits.complete_stripe_request, credits.retry_stripe_request,
   credits.create_checkout, credits.get_checkout, credits.create_portal_session,
-  credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription
+  credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
+  credits.health, credits.ready, credits.metrics, credits.refresh_totals, credits.run_audit, credits.get_stripe_event,
+  credits.list_settings, credits.set_setting, credits.erase_account, credits.repeat_erasures, credits.import_opening_balances
 to credits_service;
 
 grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,
   credits.stripe_disputes to credits_service;
+grant select on credits.report_event_processing, credits.report_failed_events, credits.report_stripe_requests,
+  credits.report_unexpected_moves, credits.report_integrity, credits.report_subscriptions,
+  credits.report_revenue, credits.report_liability, credits.report_breakage, credits.report_credit_flow,
+  credits.report_reservations to credits_service;
