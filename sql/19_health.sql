@@ -109,6 +109,6 @@ begin
   return query select f.* from unnest(v_findings) f;
 end $$;
 comment on function credits.run_audit() is
-'audit(), and a record of the run for health() and metrics(): no rows means sound.
+'Runs audit() and keeps a record of the run for health() and metrics(): no rows means sound.
 
 Reads everything: meant for a job at night, or after a restore.';
