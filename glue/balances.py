@@ -1,4 +1,4 @@
-"""Opening balances from a CSV file: rows with their lines, batches with their progress. What a row may say, SQL decides."""
+"""Opening balances from a CSV file: rows with their lines, batches with progress. SQL decides what a row may say."""
 
 import csv
 import sys
