@@ -15,9 +15,7 @@ MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "fail": ("FAIL", "
 def show(console: Console, checks: list[Row], figures: list[Row]) -> bool:
     """Print the screen; whether anything fails."""
     counts = Counter(check["status"] for check in checks)
-    console.print(
-        Text.assemble("pgcredits: ", f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failing"), "\n"
-    )
+    console.print(f"pgcredits: {counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} failing\n")
     table = Table(box=None, show_header=False, pad_edge=False)
     for check in checks:
         mark, style = MARKS[check["status"]]

@@ -22,7 +22,7 @@ class Telling(World):
 
     def show(self, object_id: str, *, expand: bool = False) -> dict[str, Any]:
         shown = super().show(object_id, expand=expand)
-        if object_id.split("_")[0] in {"prod", "price"}:
+        if object_id.split("_", maxsplit=1)[0] in {"prod", "price"}:
             return shown
         who = f"{PERSONAL}@{self.__dict__.setdefault('owners', {}).setdefault(object_id, self.acting)}"
         return shown | {
@@ -183,7 +183,7 @@ def test_two_at_once_and_spends_beside_them(database: Database) -> None:
 
 
 def test_every_column_of_every_account_is_classified(owner: Connection[Any]) -> None:
-    """A new column of text or JSON needs a row in 14_erasure.sql: what becomes of it when its account is erased?"""
+    """A new column of text or JSON needs a row in 14_erasure.sql: what becomes of it when its account is erased."""
     found = owner.execute(
         """
         select c.relname || '.' || a.attname
@@ -200,7 +200,7 @@ def test_every_column_of_every_account_is_classified(owner: Connection[Any]) -> 
 
 
 def test_a_bare_object_keeps_what_is_read(owner: Connection[Any]) -> None:
-    """Every key that a function reads of Stripe's objects survives, but for those that tell of people or lead to them."""
+    """Every key that a function reads of Stripe's objects survives, but for those that lead to people."""
     files = [path for path in SQL.glob("6*.sql") if path.name[:2] in {"61", "63", "64", "66", "67", "68"}]
     read = set()
     for path in files:
