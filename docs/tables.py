@@ -14,7 +14,7 @@ from psycopg import Connection
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/concepts.md", "docs/operations.md", "docs/stripe.md", "docs/subscriptions.md")
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-UNASKED = r"^((object|answer|failed)\.|v2\.core\.event$)"  # answers to our own requests, and what has no type of its own
+UNASKED = r"^((object|answer|failed)\.|v2\.core\.event$)"  # answers to us, and what has no type of its own
 
 
 def filled(page: str, conn: Connection[Any]) -> str:

@@ -3,13 +3,16 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from client import Client
+from ledger_support import SETTABLE_CLOCK
 from psycopg import Connection, sql
+from psycopg.rows import tuple_row
 from servers import ENGINES, Database, Engine, engine
 
 RUN = "PGCREDITS_TEST_RUN"  # the folder of this run's servers; workers inherit it
@@ -32,9 +35,31 @@ def server(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def shared(server: Engine) -> Iterator[Database]:
-    """A migrated database in which nothing is ever committed."""
+    """A migrated database in which nothing is ever committed, and whose clock can be set: see Ledger.now."""
     with server.database() as database:
+        with database.connect("credits_owner", autocommit=True) as owner:
+            owner.execute(SETTABLE_CLOCK)
         yield database
+
+
+@pytest.fixture(scope="session")
+def idle(shared: Database) -> Iterator[dict[str, Connection[Any]]]:
+    """Connections to shared by role, between two tests: a new one would read and compile every function anew."""
+    connections: dict[str, Connection[Any]] = {}
+    yield connections
+    for conn in connections.values():
+        conn.close()
+
+
+@contextmanager
+def borrowed(shared: Database, idle: dict[str, Connection[Any]], role: str) -> Iterator[Connection[Any]]:
+    """An idle connection, or a new one, in a transaction that is rolled back."""
+    conn = idle.pop(role, None) or shared.connect(role)
+    yield conn
+    if not conn.closed:
+        conn.rollback()
+        conn.row_factory = tuple_row
+        idle[role] = conn
 
 
 @pytest.fixture
@@ -52,19 +77,17 @@ def empty_database(server: Engine) -> Iterator[Database]:
 
 
 @pytest.fixture
-def conn(shared: Database) -> Iterator[Connection[Any]]:
+def conn(shared: Database, idle: dict[str, Connection[Any]]) -> Iterator[Connection[Any]]:
     """A connection as credits_service in a transaction that is rolled back."""
-    with shared.connect() as conn:
+    with borrowed(shared, idle, "credits_service") as conn:
         yield conn
-        conn.rollback()
 
 
 @pytest.fixture
-def owner(shared: Database) -> Iterator[Connection[Any]]:
+def owner(shared: Database, idle: dict[str, Connection[Any]]) -> Iterator[Connection[Any]]:
     """The same as credits_owner, who may see and change tables."""
-    with shared.connect("credits_owner") as conn:
+    with borrowed(shared, idle, "credits_owner") as conn:
         yield conn
-        conn.rollback()
 
 
 @pytest.fixture

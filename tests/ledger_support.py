@@ -23,6 +23,10 @@ from servers import Database
 NOON = datetime(2030, 1, 31, 12, tzinfo=UTC)
 SECOND, MINUTE, HOUR, DAY = (timedelta(**{unit: 1}) for unit in ("seconds", "minutes", "hours", "days"))
 TICK = timedelta(microseconds=1)
+SETTABLE_CLOCK = (
+    "create or replace function credits.now() returns timestamptz language sql as "
+    "$$ select coalesce(nullif(current_setting('tests.now', true), '')::timestamptz, clock_timestamp()) $$"
+)
 
 
 class Ledger(Client):
@@ -34,11 +38,9 @@ class Ledger(Client):
         self._keys = 0
         self._now = at or datetime.now(UTC)
         if at:
-            with self.as_owner():
-                conn.execute(
-                    "create or replace function credits.now() returns timestamptz language sql as "
-                    "$$ select current_setting('tests.now')::timestamptz $$"
-                )
+            if "tests.now" not in self.query("select prosrc from pg_proc where oid = 'credits.now'::regproc")[0].prosrc:
+                with self.as_owner():
+                    conn.execute(SETTABLE_CLOCK)
             self.now = at
 
     @property
