@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ledger_support import DAY, NOON, Ledger, assert_sound, committed, refused, together
+from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, committed, refused, together
 from psycopg import Connection
 from servers import Database
+from stripe_world import World, prepare, settle
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_rows_become_grants_and_accounts(ledger: Ledger) -> None:
     assert_sound(ledger)
 
 
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "key": ["", None, "k" * 241], "account_id": ["", None, "a" * 201],
     "amount": ["", None, 0, -1, "1e3", "ten", 0.1234567],
     "kind": ["salary"], "expires_at": ["2029-01-01", "soon", "2030-02-31", "infinity"], "cost": [1.5, "-3", "a"],
@@ -152,3 +153,38 @@ def test_a_file_that_is_broken_is_refused_whole(tmp_path: Path) -> None:
     for file, complaint in ((tmp_path / "a.csv", "is not a text in UTF-8"), (tmp_path / "none.csv", "cannot be read")):
         with pytest.raises(balances.BalancesError, match=complaint):
             balances.read(str(file))
+
+
+def test_the_move_from_an_existing_handler(ledger: Ledger) -> None:
+    """docs/migration-from-existing.md, step by step: nothing is granted twice, nothing after the switch is missed."""
+    world = World()
+    prepare(ledger)
+    ledger.set_stripe_endpoint("shadow", mode="shadow")
+    customer = world.customer("alpha", named=True)
+    world.buy("alpha", customer=customer)
+    subscription = world.subscribe("alpha", "basic")
+    before = list(world.events)
+    ledger.now = world.moment + HOUR
+    for event in before:
+        assert ledger.receive_stripe_event("shadow", event.payload).outcome == "ignored"
+    effects = {row.type for row in ledger.list_stripe_events(status="ignored") if row.effects}
+    assert "customer.subscription.created" in effects
+
+    moved = [row("1", amount=700, kind="purchase"), row("2", amount=900, kind="plan")]
+    assert [r.status for r in ledger.import_opening_balances(moved)] == [200, 200]
+    ledger.set_stripe_endpoint("shadow", mode="live")
+    for event in before:
+        if event.type.startswith(("customer.", "product.", "price.")):
+            assert ledger.replay_stripe_event(event.event_id).outcome == "applied", event
+    settle(ledger, world)
+    assert ledger.get_balance("alpha").balance == 1600
+    assert ledger.get_subscription_state("alpha").plan == "basic"
+
+    known = len(world.events)
+    world.renew(subscription)
+    ledger.now = world.moment + HOUR
+    for event in world.events[known:]:
+        assert ledger.receive_stripe_event("shadow", event.payload).outcome in {"applied", "ignored"}
+    settle(ledger, world)
+    assert ledger.get_balance("alpha").balance == 2600
+    assert_sound(ledger)

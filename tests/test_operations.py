@@ -163,7 +163,7 @@ def test_reports_answer_for_the_service(ledger: Ledger) -> None:
 def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     good = {"past_due_grace": "0 days", "stripe_event_max_attempts": 5, "dispute_freezes": "account",
             "allowed_redirect_urls": ["https://shop.example"]}  # fmt: skip
-    bad = {"stripe_event_max_attempts": ["5", -1, None], "dispute_freezes": ["all", ""],
+    bad: dict[str, list[Any]] = {"stripe_event_max_attempts": ["5", -1, None], "dispute_freezes": ["all", ""],
            "allowed_redirect_urls": ["https://shop.example", [1], {}]}  # fmt: skip
     for name, value in good.items():
         assert ledger.set_setting(name, value).value == value
