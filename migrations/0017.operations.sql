@@ -47,7 +47,7 @@ create table credits.erasure_rules (
 comment on table credits.erasure_rules is
   'What erase_account() does to each column of text or JSON of the tables that have an account_id.';
 comment on column credits.erasure_rules.treatment is
-  'keep: it tells nothing of a person. null, empty ({}), mark ({"erased": true}): what stands there afterwards. remove: the whole row goes.';
+  'keep: it tells of nobody. null, empty ({}), mark ({"erased": true}): what is there then. remove: the whole row goes.';
 
 create table credits.erasures (
   account_id text        primary key references credits.accounts,
@@ -58,7 +58,8 @@ create table credits.erasures (
 );
 create index erasures_by_time on credits.erasures (erased_at);
 comment on table credits.erasures is 'Accounts whose personal data were erased, as the record that it was done.';
-comment on column credits.erasures.last_at is 'When it was last repeated: what came after the first time is erased by the next.';
+comment on column credits.erasures.last_at is
+  'When it was last repeated: what came after the first time is erased by the next.';
 comment on column credits.erasures.forfeited is 'Credits that were left, and taken back.';
 
 create index stripe_requests_troubled on credits.stripe_requests (finished_at) where state in ('failed', 'unknown');
@@ -68,7 +69,8 @@ create type credits.metric as (name text, type text, help text, labels jsonb, va
 create type credits.health_check as (
   name text, status text, value numeric, blocking boolean, meaning text, advice text);
 create type credits.erase_result as (
-  account_id text, erased_at timestamptz, times integer, forfeited numeric, objects bigint, events bigint, requests bigint);
+  account_id text, erased_at timestamptz, times integer, forfeited numeric, objects bigint, events bigint,
+  requests bigint);
 create type credits.import_row as (
   position bigint, account_id text, key text, amount numeric, kind text, expires_at timestamptz, cost bigint,
   cost_currency text, description text, email text, account_kind text, plan text, fingerprint jsonb, argument text,

@@ -7,7 +7,8 @@ with listed (table_name, treatment, columns) as (values
   ('accounts',             'null',   array['email']),
   ('accounts',             'empty',  array['settings', 'metadata']),
   ('accounts',             'mark',   array['fingerprint']),
-  ('allowances',           'keep',   array['allowance_id', 'subscription_id', 'invoice_id', 'line_id', 'item_id', 'price_id', 'plan']),
+  ('allowances',           'keep',   array['allowance_id', 'subscription_id', 'invoice_id', 'line_id', 'item_id', 'price_id',
+                                           'plan']),
   ('balances',             'keep',   array['status', 'plan']),
   ('checkouts',            'keep',   array['checkout_id', 'kind', 'key', 'session_id', 'status']),
   ('checkouts',            'mark',   array['fingerprint']),
@@ -38,9 +39,9 @@ with listed (table_name, treatment, columns) as (values
   ('stripe_customers',     'null',   array['default_payment_method']),
   ('stripe_facts',         'keep',   array['kind', 'ref']),
   ('stripe_payments',      'keep',   array['payment_id', 'source_kind', 'source_id', 'currency']),
-  ('stripe_requests',      'keep',   array['purpose', 'ref', 'method', 'path', 'idempotency_key', 'stripe_version', 'stripe_account',
-                                           'state', 'error_type', 'error_code', 'decline_code', 'advice_code', 'stripe_request',
-                                           'worker']),
+  ('stripe_requests',      'keep',   array['purpose', 'ref', 'method', 'path', 'idempotency_key', 'stripe_version',
+                                           'stripe_account', 'state', 'error_type', 'error_code', 'decline_code', 'advice_code',
+                                           'stripe_request', 'worker']),
   ('stripe_requests',      'empty',  array['params']),
   ('stripe_requests',      'null',   array['response']),
   ('subscription_cache',   'remove', array['state']),
@@ -163,8 +164,8 @@ as $$
 begin
   if not credits._is_idle(_check_idle.account_id) then
     perform credits._fail(409, 'account_in_use', credits._in_use(_check_idle.account_id),
-      'Settle or release its reservations (or release_holds => true), cancel its subscription at Stripe and wait for the event, '
-      'and let its requests to Stripe be answered.');
+      'Settle or release its reservations (or release_holds => true), cancel its subscription at Stripe and wait for the '
+      'event, and let its requests to Stripe be answered.');
   end if;
 end $$;
 
@@ -232,7 +233,8 @@ as $$
           union all
           select p.payment_id from credits.stripe_payments p where p.account_id = _stripe_ids.account_id
           union all
-          select s.subscription_id from credits.subscriptions s where s.account_id = _stripe_ids.account_id and s.source = 'stripe'
+          select s.subscription_id
+            from credits.subscriptions s where s.account_id = _stripe_ids.account_id and s.source = 'stripe'
           union all
           select c.session_id from credits.checkouts c where c.account_id = _stripe_ids.account_id) n (id)
    where n.id ~ '^[a-z]+_.'
@@ -250,7 +252,8 @@ immutable
 as $$
   select exists (select from unnest(_mentions.ids) i (id) where position('"' || i.id || '"' in _mentions.document) > 0)
          or exists (select from unnest(array['account_id', 'client_reference_id']) k (name), unnest(array['', ' ']) s (space)
-                     where position(format('"%s":%s%s', k.name, s.space, to_json(_mentions.account_id)) in _mentions.document) > 0)
+                     where position(format('"%s":%s%s', k.name, s.space, to_json(_mentions.account_id))
+                                    in _mentions.document) > 0)
 $$;
 
 create or replace function credits._erase_stripe(

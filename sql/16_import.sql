@@ -1,5 +1,5 @@
--- Opening balances: what accounts had in the system before. Rows are booked together, one statement per table; those of accounts
--- with debt or scoped credits go one by one. Each row is a grant with a key of its own, so that all may be brought again.
+-- Opening balances: what accounts had in the system before. Rows are booked together, one statement per table; those of
+-- accounts with debt or scoped credits go one by one. Each row is a grant with a key of its own, so all may be brought again.
 -- Keeps what grant_credits() keeps. Lock order: all accounts by account_id first.
 
 create or replace function credits.import_opening_balances(
@@ -79,25 +79,41 @@ begin
   v_row.email         := nullif(_import_row.input ->> 'email', '');
   v_row.account_kind  := nullif(_import_row.input ->> 'account_kind', '');
   v_row.plan          := nullif(_import_row.input ->> 'plan', '');
-  v_row.argument      := case
-    when jsonb_typeof(_import_row.input) <> 'object'                              then 'row'
-    when (length(v_row.key) between 1 and 240) is not true                        then 'key'
-    when (length(v_row.account_id) between 1 and 200) is not true                 then 'account_id'
-    when (credits._is_amount(v_row.amount) and v_row.amount > 0) is not true      then 'amount'
-    when credits._default_priority(v_row.kind) is null                            then 'kind'
-    when v_expires is not null and (v_row.expires_at > _import_row.at) is not true then 'expires_at'
-    when v_cost is not null and v_row.cost is null                                then 'cost'
-    when num_nonnulls(v_row.cost, v_row.cost_currency) = 1 or v_row.cost_currency !~ '^[a-z]{3}$' then 'cost_currency'
-    when v_row.account_kind not in ('user', 'organization')                       then 'account_kind' end;
-  if v_row.argument is null and v_row.plan is not null  -- apart: what holds a query is slow, also where it is not reached
-     and not exists (select from credits.plans p where p.code = v_row.plan and p.active) then
-    v_row.argument := 'plan';
-  end if;
+  v_row.argument      := case when jsonb_typeof(_import_row.input) <> 'object' then 'row'
+                              when v_cost is not null and v_row.cost is null    then 'cost'
+                              when v_expires is not null and v_row.expires_at is null then 'expires_at'
+                              else credits._import_argument(v_row, _import_row.at) end;
   v_row.problem       := credits._import_hint(v_row.argument);
   v_row.fingerprint   := jsonb_strip_nulls(jsonb_build_object(
     'import', true, 'amount', v_row.amount, 'kind', v_row.kind, 'expires_at', extract(epoch from v_row.expires_at),
     'cost', v_row.cost, 'cost_currency', v_row.cost_currency, 'description', v_row.description));
   return v_row;
+end $$;
+
+-- What of a row is wrong, if anything is.
+create or replace function credits._import_argument(
+  input credits.import_row,
+  at    timestamptz
+)
+returns text
+language plpgsql
+stable
+as $$
+declare
+  v_row credits.import_row := _import_argument.input;
+begin
+  if v_row.plan is not null and not exists (select from credits.plans p where p.code = v_row.plan and p.active) then
+    return 'plan';
+  end if;
+  return case
+    when (length(v_row.key) between 1 and 240) is not true                   then 'key'
+    when (length(v_row.account_id) between 1 and 200) is not true            then 'account_id'
+    when (credits._is_amount(v_row.amount) and v_row.amount > 0) is not true then 'amount'
+    when credits._default_priority(v_row.kind) is null                       then 'kind'
+    when v_row.expires_at <= _import_argument.at                             then 'expires_at'
+    when num_nonnulls(v_row.cost, v_row.cost_currency) = 1
+         or v_row.cost_currency !~ '^[a-z]{3}$'                              then 'cost_currency'
+    when v_row.account_kind not in ('user', 'organization')                  then 'account_kind' end;
 end $$;
 
 create or replace function credits._import_hint(argument text)
@@ -111,7 +127,7 @@ as $$
     when 'account_id'    then 'account_id is required: 1 to 200 characters.'
     when 'amount'        then 'An amount is a number above 0 and below 1e12 with at most 6 decimals.'
     when 'kind'          then 'kind is plan, trial, promo, bonus, gift or purchase.'
-    when 'expires_at'    then 'expires_at is a moment to come, such as 2030-01-31T12:00:00Z. What has expired is not brought in.'
+    when 'expires_at'    then 'expires_at is a moment to come, such as 2030-01-31T12:00:00Z. What has expired stays out.'
     when 'cost'          then 'cost is a whole number, in the minor unit of cost_currency.'
     when 'cost_currency' then 'cost and cost_currency, such as usd, come together.'
     when 'account_kind'  then 'account_kind is user or organization.'
@@ -125,8 +141,9 @@ language plpgsql
 stable
 as $$
 begin
-  return case when _any_moment.value !~ '^\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)'                 then null
-              when _any_moment.value ~ '^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?$' then _any_moment.value::timestamp at time zone 'UTC'
+  return case when _any_moment.value !~ '^\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)' then null
+              when _any_moment.value ~ '^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?$'
+                then _any_moment.value::timestamp at time zone 'UTC'
               else _any_moment.value::timestamptz end;
 exception when data_exception then
   return null;
@@ -144,7 +161,8 @@ begin
   v_rows := credits._mark_import(_import_rows.input);
   perform credits._book_import(v_rows, credits.now());
   perform credits._grant(r.account_id, r.amount, r.kind, r.expires_at, description => r.description, source => 'import',
-                         cost => r.cost, cost_currency => r.cost_currency, key => 'import:' || r.key, fingerprint => r.fingerprint)
+                         cost => r.cost, cost_currency => r.cost_currency, key => 'import:' || r.key,
+                         fingerprint => r.fingerprint)
      from unnest(v_rows) r
     where r.state = 'alone';
   return query
@@ -218,7 +236,8 @@ begin
                case when r.problem is not null                            then 'wrong'
                     when g.grant_id is not null                           then 'known'
                     when b.status = 'closed'                              then 'closed'
-                    when row_number() over (partition by r.account_id, r.key, r.problem is null order by r.position) > 1 then 'known'
+                    when row_number() over (partition by r.account_id, r.key, r.problem is null
+                                            order by r.position) > 1      then 'known'
                     when b.debt > 0 or b.has_scoped                       then 'alone'
                     else                                                       'fresh' end)::credits.import_row
       from unnest(_mark_import.input) r
@@ -239,18 +258,18 @@ as $$
       from unnest(_book_import.input) r
      where r.state = 'fresh'
   ), made as (
-    insert into credits.grants (grant_id, account_id, kind, status, priority, amount, remaining, effective_at, expires_at, created_at,
-      source, cost, cost_currency, description, key, fingerprint)
+    insert into credits.grants (grant_id, account_id, kind, status, priority, amount, remaining, effective_at, expires_at,
+      created_at, source, cost, cost_currency, description, key, fingerprint)
     overriding system value
-    select f.grant_id, f.account_id, f.kind, 'active', credits._default_priority(f.kind), f.amount, f.amount, _book_import.at, f.expires_at,
-           _book_import.at, 'import', f.cost, f.cost_currency, f.description, 'import:' || f.key, f.fingerprint
+    select f.grant_id, f.account_id, f.kind, 'active', credits._default_priority(f.kind), f.amount, f.amount, _book_import.at,
+           f.expires_at, _book_import.at, 'import', f.cost, f.cost_currency, f.description, 'import:' || f.key, f.fingerprint
       from fresh f
   ), drafts as (
     select b.hash as head, f.expires_at, lead(f.position) over by_account is null as is_last, row(
-             b.entry_seq + row_number() over by_account, _book_import.at, f.account_id, 'grant', 'grant', 'import:' || f.key, f.amount, 0,
-             trim_scale(b.balance + sum(f.amount) over by_account), trim_scale(b.balance - b.held + sum(f.amount) over by_account),
-             array[f.grant_id], array[f.amount], null, null, null, null, null, null, f.description, f.fingerprint, '{}'
-             )::credits.entries as entry
+             b.entry_seq + row_number() over by_account, _book_import.at, f.account_id, 'grant', 'grant', 'import:' || f.key,
+             f.amount, 0, trim_scale(b.balance + sum(f.amount) over by_account),
+             trim_scale(b.balance - b.held + sum(f.amount) over by_account), array[f.grant_id], array[f.amount],
+             null, null, null, null, null, null, f.description, f.fingerprint, '{}')::credits.entries as entry
       from fresh f
       join credits.balances b on b.account_id = f.account_id
     window by_account as (partition by f.account_id order by f.position)

@@ -129,7 +129,8 @@ begin
       from unnest(array['parked', 'failed']) s (status) left join waiting w on w.status = s.status
     union all
     select v.name, 'gauge', v.help, '{}', v.value
-      from (select coalesce(sum(w.given_up), 0) as given_up, greatest(max(w.oldest), 0) as oldest, greatest(max(w.late), 0) as late
+      from (select coalesce(sum(w.given_up), 0) as given_up, greatest(max(w.oldest), 0) as oldest,
+                   greatest(max(w.late), 0) as late
               from waiting w) w,
            (select (select r.mean from recent r where r.status = 'applied') as mean,
                    (select r.longest from recent r where r.status = 'applied') as longest) r,
@@ -137,9 +138,11 @@ begin
            lateral (values
              ('pgcredits_stripe_events_given_up', 'Events that are not tried again by themselves.', w.given_up),
              ('pgcredits_stripe_events_oldest_seconds', 'Age of the oldest event that is still tried.', coalesce(w.oldest, 0)),
-             ('pgcredits_stripe_events_retry_late_seconds', 'How long the next retry of an event is overdue.', coalesce(w.late, 0)),
+             ('pgcredits_stripe_events_retry_late_seconds', 'How long the next retry of an event is overdue.',
+              coalesce(w.late, 0)),
              ('pgcredits_stripe_event_lag_mean_seconds', 'From Stripe''s event to its effect, mean of the last hour.', r.mean),
-             ('pgcredits_stripe_event_lag_max_seconds', 'From Stripe''s event to its effect, longest of the last hour.', r.longest),
+             ('pgcredits_stripe_event_lag_max_seconds', 'From Stripe''s event to its effect, longest of the last hour.',
+              r.longest),
              ('pgcredits_stripe_event_age_seconds', 'Since the last event was received.', l.seconds)) v (name, help, value);
 end $$;
 comment on function credits._event_metrics(timestamptz) is
@@ -152,7 +155,8 @@ stable
 as $$
   with open as materialized (
     select r.state, count(*) as requests,
-           extract(epoch from _request_metrics.at - min(case r.state when 'queued' then r.run_at else r.locked_until end)) as late
+           extract(epoch from _request_metrics.at
+                              - min(case r.state when 'queued' then r.run_at else r.locked_until end)) as late
       from credits.stripe_requests r
      where r.state in ('queued', 'sent')
      group by r.state
@@ -167,14 +171,16 @@ as $$
        coalesce((select greatest(max(o.late), 0) from open o), 0)),
       ('pgcredits_stripe_requests_failed', 'Requests that Stripe refused in the last day.',
        (select count(*) from credits.stripe_requests r
-         where r.state in ('failed', 'unknown') and r.finished_at > _request_metrics.at - interval '1 day' and r.state = 'failed')),
+         where r.state in ('failed', 'unknown') and r.state = 'failed'
+           and r.finished_at > _request_metrics.at - interval '1 day')),
       ('pgcredits_stripe_requests_unknown', 'Requests of which nobody knows whether Stripe did them.',
        (select count(*) from credits.stripe_requests r where r.state in ('failed', 'unknown') and r.state = 'unknown')),
       ('pgcredits_stripe_stopped', '1 while Stripe refuses our key and nothing is sent.',
        (select count(*) from credits.stripe_queue_stop))
     ) v (name, help, value)
 $$;
-comment on function credits._request_metrics(timestamptz) is 'By the partial indexes over requests that are open or went wrong.';
+comment on function credits._request_metrics(timestamptz) is
+  'By the partial indexes over requests that are open or went wrong.';
 
 create or replace function credits._subscription_metrics(at timestamptz)
 returns setof credits.metric
@@ -187,7 +193,8 @@ as $$
          (select count(*) as moves, count(*) filter (where s.created_at > _subscription_metrics.at - interval '1 day') as recent
             from credits.subscription_history s where s.unexpected) u,
          lateral (values
-           ('pgcredits_subscription_cache_hits_total', 'counter', 'States of subscriptions that came from the cache.', h.hits::numeric),
+           ('pgcredits_subscription_cache_hits_total', 'counter', 'States of subscriptions that came from the cache.',
+            h.hits::numeric),
            ('pgcredits_subscription_cache_misses_total', 'counter', 'States of subscriptions that were computed.', m.misses),
            ('pgcredits_subscription_cache_hit_ratio', 'gauge', 'Hits of all, since the installation.',
             round(h.hits::numeric / nullif(h.hits + m.misses, 0), 4)),
@@ -206,7 +213,8 @@ as $$
     left join (select r.* from credits.audit_runs r order by r.audit_run_id desc limit 1) r on true,
          lateral (values
            ('pgcredits_audit_violations', 'What the last run of the audit found.', r.findings::numeric),
-           ('pgcredits_audit_age_seconds', 'Since the last run of the audit.', extract(epoch from _audit_metrics.at - r.finished_at))
+           ('pgcredits_audit_age_seconds', 'Since the last run of the audit.',
+            extract(epoch from _audit_metrics.at - r.finished_at))
          ) v (name, help, value)
 $$;
 

@@ -1,5 +1,5 @@
--- What operators look at by the day, the week and the month. Days and months are those of UTC; money is in the minor unit of its
--- currency and of different currencies never added up.
+-- What operators look at by the day, the week and the month. Days and months are those of UTC; money is in the minor unit of
+-- its currency and of different currencies never added up.
 -- A view calls functions as its reader, who may not call credits.now(): hence now().
 -- Where a comment says so a view reads a whole table: give it a WHERE, or a replica.
 
@@ -17,7 +17,7 @@ select date_trunc('day', e.received_at at time zone 'UTC')::date as day, e.endpo
  where e.received_at > now() - interval '31 days'
  group by 1, 2;
 comment on view credits.report_event_processing is
-  'Every day: events of Stripe of the last 31 days by day and endpoint, how many succeeded, and the lag from Stripe''s event to its effect.';
+  'Every day: events of the last 31 days by day and endpoint, how many succeeded, and the lag from event to effect.';
 
 create or replace view credits.report_failed_events as
 select e.event_id, e.endpoint, e.type, e.status, e.reason, e.error, e.waits_for, e.attempts, e.received_at, e.next_attempt_at,
@@ -28,8 +28,8 @@ comment on view credits.report_failed_events is
   'Every day: events that failed or wait, with the reason. given_up: not tried again by itself; mend the cause and replay it.';
 
 create or replace view credits.report_stripe_requests as
-select r.request_id, r.purpose, r.ref, r.account_id, r.state, r.attempts, r.http_status, r.error_type, r.error_code, r.decline_code,
-       r.created_at, r.run_at, r.finished_at
+select r.request_id, r.purpose, r.ref, r.account_id, r.state, r.attempts, r.http_status, r.error_type, r.error_code,
+       r.decline_code, r.created_at, r.run_at, r.finished_at
   from credits.stripe_requests r
  where r.state in ('queued', 'sent', 'failed', 'unknown');
 comment on view credits.report_stripe_requests is
@@ -75,7 +75,7 @@ select g.kind::text as kind, g.cost_currency as currency, count(*) as grants, tr
  where g.status in ('pending', 'active')
  group by g.kind, g.cost_currency;
 comment on view credits.report_liability is
-  'Every month: credits that are owed to customers, by kind, and what was paid for them (cost, their share of what the grant cost): deferred revenue. Reads all live grants.';
+  'Every month: credits owed to customers, by kind, and their share of what was paid: deferred revenue. Reads live grants.';
 
 create or replace view credits.report_breakage as
 select date_trunc('month', e.created_at at time zone 'UTC')::date as month, g.kind::text as kind, g.cost_currency as currency,
@@ -101,4 +101,4 @@ select (r.created_at at time zone 'UTC')::date as day, r.status::text as status,
   from credits.reservations r
  group by 1, 2;
 comment on view credits.report_reservations is
-  'Every week: what became of reservations, by day. Many that expired are work that never reported back. Reads all reservations.';
+  'Every week: what became of reservations, by day. Many expired: work that never reports back. Reads all reservations.';
