@@ -1,16 +1,17 @@
 """Opening balances: booked together, once, each row with an answer; and the command that reads them from a file."""
 
-import os
-import subprocess
-import sys
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import pgcredits
 from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, committed, refused, together
 from psycopg import Connection
 from servers import Database
 from stripe_world import World, prepare, settle
+
+from pgcredits import balances
 
 
 @pytest.fixture
@@ -107,26 +108,21 @@ def test_the_same_rows_from_many_at_once_are_booked_once(database: Database) -> 
         assert_sound(ledger)
 
 
-def run(database: Database, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pgcredits", "import", "balances", *arguments, "--dsn", database.dsn]
-    env = {**os.environ, "COLUMNS": "300"}
-    return subprocess.run(command, capture_output=True, text=True, input=text, env=env, check=False, timeout=60)
-
-
 def test_the_command_names_the_line_of_each_refused_row_and_goes_on_where_it_ended(
-    database: Database, tmp_path: Path
+    database: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "old.csv"
     lines = ["key,account_id,amount,description", '1,alpha,10,"two', 'lines"', "2,alpha,ten,", "", "3,beta,5,x"]
     file.write_text("\n".join(lines) + "\n")
-    dry = run(database, str(file), "--dry-run")
-    assert (dry.returncode, dry.stdout) == (1, "Would be booked: 2. Known before: 0. Refused: 1.\n")
-    done = run(database, str(file), "--batch", "1")
-    assert (done.returncode, done.stdout) == (1, "Booked: 2. Known before: 0. Refused: 1.\n")
-    assert done.stderr.startswith(f"{file}:4: amount 'ten': invalid_request: An amount is")
-    assert done.stderr.count("\n") == 1
-    again = run(database, "-", text=file.read_text().replace("ten", "7"))
-    assert (again.returncode, again.stdout) == (0, "Booked: 1. Known before: 2. Refused: 0.\n")
+    command = (database, capsys, "import", "balances")
+    code, said, _ = pgcredits(*command, str(file), "--dry-run")
+    assert (code, said) == (1, "Would be booked: 2. Known before: 0. Refused: 1.\n")
+    code, said, complaints = pgcredits(*command, str(file), "--batch", "1")
+    assert (code, said) == (1, "Booked: 2. Known before: 0. Refused: 1.\n")
+    assert complaints.startswith(f"{file}:4: amount 'ten': invalid_request: An amount is")
+    assert complaints.count("\n") == 1
+    monkeypatch.setattr("sys.stdin", io.StringIO(file.read_text().replace("ten", "7")))
+    assert pgcredits(*command, "-") == (0, "Booked: 1. Known before: 2. Refused: 0.\n", "")
     with committed(database) as ledger:
         assert (ledger.available("alpha"), ledger.available("beta")) == (17, 5)
         assert_sound(ledger)
@@ -142,8 +138,6 @@ BROKEN = {
 
 
 def test_a_file_that_is_broken_is_refused_whole(tmp_path: Path) -> None:
-    from pgcredits import balances  # noqa: PLC0415 - beside its only use
-
     for text, complaint in BROKEN.items():
         (tmp_path / "a.csv").write_text(text)
         with pytest.raises(balances.BalancesError) as caught:

@@ -3,12 +3,11 @@
 import json
 import logging
 import re
-import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
+from commands import pgcredits
 from door import Door
 from ledger_support import DAY, HOUR, MINUTE, Ledger, assert_sound, committed, refused, session
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +15,7 @@ from psycopg import Connection
 from servers import Database
 from stripe_world import World, prepare, settle
 
-from pgcredits import cli, observe
+from pgcredits import observe
 from pgcredits.settings import Settings, SettingsError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,17 +264,6 @@ def test_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # Commands -----------------------------------------------------------------------------------------------------------
-
-
-def pgcredits(database: Database, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of a command, run in this process."""
-    with (
-        patch.object(sys, "argv", ["pgcredits", *arguments, "--dsn", database.dsn]),
-        pytest.raises(SystemExit) as ended,
-    ):
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.mark.parametrize("server", ["pg18"], indirect=True)
