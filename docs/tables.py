@@ -12,7 +12,10 @@ import psycopg
 from psycopg import Connection
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/concepts.md", "docs/operations.md", "docs/stripe.md", "docs/subscriptions.md")
+PAGES = (
+    "README.md", "docs/concepts.md", "docs/notifications.md", "docs/operations.md", "docs/stripe.md",
+    "docs/subscriptions.md",
+)  # fmt: skip
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 UNASKED = r"^((object|answer|failed)\.|v2\.core\.event$)"  # answers to us, and what has no type of its own
 
@@ -67,10 +70,20 @@ def kinds(conn: Connection[Any]) -> str:
     return _table(("kind", "debit", "credit", ""), rows)
 
 
+def notifications(conn: Connection[Any]) -> str:
+    """The kinds of notifications, and who gets an e-mail."""
+    rows = conn.execute(
+        "select format('`%s`', k.kind), k.audience, k.summary from credits.notification_kinds k"
+        " order by k.audience, k.kind"
+    )
+    return _table(("kind", "for", "when"), rows)
+
+
 def settings(conn: Connection[Any]) -> str:
     """The settings, with the values that they come with."""
     rows = conn.execute(
-        "select format('`%s`', s.name), s.value #>> '{}', s.summary from credits.settings s order by s.name"
+        "select format('`%s`', s.name), coalesce(s.value #>> '{}', 'null'), s.summary from credits.settings s"
+        " order by s.name"
     )
     return _table(("setting", "default", ""), rows)
 
@@ -93,7 +106,10 @@ def _table(heads: tuple[str, ...], rows: Any) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-BLOCKS = {"diagram": diagram, "states": states, "moves": moves, "kinds": kinds, "settings": settings, "events": events}
+BLOCKS = {
+    "diagram": diagram, "states": states, "moves": moves, "kinds": kinds, "notifications": notifications,
+    "settings": settings, "events": events,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

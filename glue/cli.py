@@ -19,9 +19,10 @@ import typer
 import uvicorn
 from psycopg.types.json import Jsonb
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from pgcredits import __version__, balances, catalog, db, demo, migrate, observe, status, worker
+from pgcredits import __version__, balances, catalog, db, demo, migrate, notifier, observe, status, worker
 from pgcredits.app import create_app
 from pgcredits.settings import Settings, SettingsError
 
@@ -39,6 +40,8 @@ import_cli = typer.Typer(help="From another system: docs/migration-from-existing
 cli.add_typer(import_cli, name="import")
 settings_cli = typer.Typer(help="Settings of the database: docs/operations.md.", no_args_is_help=True)
 cli.add_typer(settings_cli, name="settings")
+notify_cli = typer.Typer(help="Notifications: docs/notifications.md.", no_args_is_help=True)
+cli.add_typer(notify_cli, name="notify")
 console = Console()
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
 CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - is standard input.")]
@@ -336,6 +339,44 @@ def stripe_work(
         raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
     with _database(dsn, settings) as target:
         asyncio.run(worker.work(replace(settings, dsn=target), once=once))
+
+
+@notify_cli.command("work")
+def notify_work(
+    dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
+) -> None:
+    """Send notifications as webhooks and e-mails. Several may run, beside the door or not."""
+    settings = Settings.from_environment()
+    observe.configure_logging(settings)
+    if not notifier.configured(settings):
+        raise SettingsError("set PGCREDITS_NOTIFY_SECRET_<NAME> for an endpoint, or PGCREDITS_SMTP_URL for e-mail")
+    with _database(dsn, settings) as target:
+        asyncio.run(notifier.work(replace(settings, dsn=target), once=once))
+
+
+@notify_cli.command("list")
+def notify_list(
+    dsn: Dsn = "",
+    state: Annotated[
+        str | None, typer.Option(help="Only with a delivery that is pending, sent, delivered, dead.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="Only of this kind.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1000, help="How many, the latest first.")] = 50,
+) -> None:
+    """Print notifications and what became of their deliveries."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        found = db.call(conn, "list_notifications", state=state, kind=kind, max_rows=rows)
+    table = Table("id", "when", "kind", "account", "deliveries")
+    for row in found:
+        deliveries = (
+            f"{one['target']}: {one['state']} after {one['attempts']}, {one['last_error'] or one['last_status'] or ''}"
+            for one in row["deliveries"]
+        )
+        table.add_row(
+            str(row["notification_id"]), f"{row['created_at']:%Y-%m-%d %H:%M:%S}", row["kind"], row["account_id"],
+            escape("\n".join(deliveries)),
+        )  # fmt: skip
+    console.print(table)
 
 
 def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:

@@ -30,6 +30,9 @@ class Settings:
     stripe_api_base: str = ""
     log_format: str = "text"
     metrics_token: str = field(default="", repr=False)
+    notify_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    smtp_url: str = field(default="", repr=False)  # it may hold a password
+    mail_from: str = ""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -44,22 +47,43 @@ class Settings:
             max_body=_number(environment, "PGCREDITS_MAX_BODY", cls.max_body, 1, 2**30),
             data=Path(environment.get("PGCREDITS_DATA") or cls.data),
             embedded_port=_number(environment, "PGCREDITS_EMBEDDED_PORT", cls.embedded_port, 0, 65535),
-            webhook_secrets={
-                name.removeprefix("STRIPE_WEBHOOK_SECRET").removeprefix("_"): secrets
-                for name, value in environment.items()
-                if re.fullmatch(r"STRIPE_WEBHOOK_SECRET(_\w+)?", name)
-                and (secrets := tuple(one.strip() for one in value.split(",") if one.strip()))
-            },
+            webhook_secrets=_secrets(environment, "STRIPE_WEBHOOK_SECRET"),
             stripe_key=environment.get("STRIPE_SECRET_KEY", cls.stripe_key).strip(),
             stripe_api_base=_address(environment, "STRIPE_API_BASE"),
             log_format=_word(environment, "PGCREDITS_LOG_FORMAT", ("text", "json")),
             metrics_token=environment.get("PGCREDITS_METRICS_TOKEN", cls.metrics_token).strip(),
+            notify_secrets=_secrets(environment, "PGCREDITS_NOTIFY_SECRET"),
+            smtp_url=_smtp(environment, "PGCREDITS_SMTP_URL", "PGCREDITS_MAIL_FROM"),
+            mail_from=environment.get("PGCREDITS_MAIL_FROM", cls.mail_from),
         )
 
     def secrets_of(self, endpoint: str) -> tuple[str, ...]:
         """Webhook secrets that may have signed for an endpoint: its own, or else the general ones."""
         own = re.sub(r"\W", "_", endpoint).upper()
         return self.webhook_secrets.get(own) or self.webhook_secrets.get("", ())
+
+    def notify_secrets_of(self, endpoint: str) -> tuple[str, ...]:
+        """Secrets that sign what is sent to an endpoint: its own, or else the general ones."""
+        return self.notify_secrets.get(endpoint.upper()) or self.notify_secrets.get("", ())
+
+
+def _secrets(environment: Mapping[str, str], prefix: str) -> dict[str, tuple[str, ...]]:
+    """Secrets by what follows the prefix in their variable's name; one variable may hold several."""
+    return {
+        name.removeprefix(prefix).removeprefix("_"): secrets
+        for name, value in environment.items()
+        if re.fullmatch(rf"{prefix}(_\w+)?", name)
+        and (secrets := tuple(one.strip() for one in value.split(",") if one.strip()))
+    }
+
+
+def _smtp(environment: Mapping[str, str], name: str, sender: str) -> str:
+    text = environment.get(name, "").strip()
+    if text and not re.fullmatch(r"smtps?://([^\s/?#@]+@)?[^\s/?#@:]+(:[0-9]{1,5})?/?", text):
+        raise SettingsError(f"{name} must be an address such as smtp://user:password@mail.example.com:587")
+    if text and "@" not in environment.get(sender, ""):
+        raise SettingsError(f"{name} needs {sender}, the address that e-mails come from")
+    return text
 
 
 def _address(environment: Mapping[str, str], name: str) -> str:

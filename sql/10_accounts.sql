@@ -19,6 +19,7 @@ declare
                        'kind', open_account.kind, 'plan', open_account.plan, 'email', open_account.email),
                        open_account.metadata);
   v_now     timestamptz := credits.now();
+  v_low_at  numeric := (credits._setting('low_balance_threshold') #>> '{}')::numeric;
   v_account credits.accounts;
 begin
   perform credits._check_key(open_account.account_id, 'account_id', 200);
@@ -46,8 +47,8 @@ begin
     return credits._account_result(v_account, true);
   end if;
 
-  insert into credits.balances (account_id, hash)
-  values (open_account.account_id, sha256(convert_to(open_account.account_id, 'UTF8')));
+  insert into credits.balances (account_id, hash, low_at, is_low)
+  values (open_account.account_id, sha256(convert_to(open_account.account_id, 'UTF8')), v_low_at, coalesce(v_low_at > 0, false));
   if open_account.plan is not null then
     perform credits._start_internal(open_account.account_id, open_account.plan, 'open_account');
     perform credits._refresh_plan(open_account.account_id);

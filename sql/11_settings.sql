@@ -57,10 +57,13 @@ as $$
 declare
   v_name  text  := (_setting_problem.setting).name;
   v_old   jsonb := (_setting_problem.setting).value;
-  v_kind  text  := jsonb_typeof(v_old);
+  v_free  boolean := v_name = 'low_balance_threshold';  -- may be null
+  v_kind  text  := case when v_free then 'number' else jsonb_typeof(v_old) end;
   v_words text[] := case v_name when 'dispute_freezes' then array['credits', 'account'] end;
 begin
-  if v_kind <> 'null' and jsonb_typeof(_setting_problem.value) is distinct from v_kind then
+  if v_free and _setting_problem.value = 'null' then
+    return null;
+  elsif v_kind <> 'null' and jsonb_typeof(_setting_problem.value) is distinct from v_kind then
     return format('%s is a JSON %s, such as %s.', v_name, v_kind, v_old);
   elsif v_kind = 'number' and (_setting_problem.value::numeric >= 0) is not true then
     return format('%s is a number of at least 0.', v_name);

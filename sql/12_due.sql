@@ -19,7 +19,7 @@ begin
      where b.account_id = v_balance.account_id
     returning b.* into v_balance;
   end loop;
-  return v_balance;
+  return case when v_balance.low_at is null then v_balance else credits._watch_balance(v_balance.account_id) end;
 end $$;
 
 -- Up to a moment, or to the first one at which a plan has turned: then there may be more to book before what comes next.

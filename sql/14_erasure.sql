@@ -25,6 +25,7 @@ with listed (table_name, treatment, columns) as (values
   ('members',              'remove', array['member_id', 'role']),
   ('notifications',        'keep',   array['type', 'key']),
   ('notifications',        'empty',  array['data']),
+  ('notification_endpoints', 'remove', array['name', 'url', 'kinds']),
   ('plan_grants',          'keep',   array['subscription_id', 'allowance_id', 'invoice_id']),
   ('purchases',            'keep',   array['package', 'currency', 'status', 'stripe_session_id', 'stripe_payment_intent_id',
                                            'stripe_customer_id', 'coupons', 'promotion_codes']),
@@ -90,6 +91,10 @@ begin
   select x.* into v_result.objects, v_result.events, v_result.requests
     from credits._erase_stripe(erase_account.account_id) x;
   perform credits._erase_columns(erase_account.account_id);
+  update credits.notification_deliveries d
+     set last_error = null
+    from credits.notifications n
+   where n.account_id = erase_account.account_id and d.notification_id = n.notification_id;
 
   insert into credits.erasures as e (account_id, erased_at, last_at, forfeited)
   values (erase_account.account_id, credits.now(), credits.now(), v_result.forfeited)

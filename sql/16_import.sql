@@ -165,6 +165,10 @@ begin
                          fingerprint => r.fingerprint)
      from unnest(v_rows) r
     where r.state = 'alone';
+  perform credits._watch_balance(b.account_id)
+     from (select distinct r.account_id from unnest(v_rows) r where r.state = 'fresh') r
+     join credits.balances b on b.account_id = r.account_id
+    where b.low_at is not null;
   return query
     select r.position, r.account_id, r.key, x.status, x.code,
            case x.status when 400 then jsonb_build_object('argument', r.argument)
@@ -190,6 +194,7 @@ language plpgsql
 as $$
 declare
   v_now    timestamptz := credits.now();
+  v_low_at numeric := (credits._setting('low_balance_threshold') #>> '{}')::numeric;
   v_opened text[];
 begin
   perform credits.open_account(n.account_id, n.account_kind, n.plan, n.email)
@@ -204,8 +209,9 @@ begin
     returning a.account_id
   )
   select array_agg(o.account_id) into v_opened from opened o;
-  insert into credits.balances (account_id, hash)
-  select o.account_id, sha256(convert_to(o.account_id, 'UTF8')) from unnest(v_opened) o (account_id);
+  insert into credits.balances (account_id, hash, low_at, is_low)
+  select o.account_id, sha256(convert_to(o.account_id, 'UTF8')), v_low_at, coalesce(v_low_at > 0, false)
+    from unnest(v_opened) o (account_id);
   perform credits._wake('account:' || o.account_id) from unnest(v_opened) o (account_id);
 end $$;
 

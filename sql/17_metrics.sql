@@ -12,6 +12,7 @@ begin
   return query select m.* from credits._database_metrics() m;
   return query select m.* from credits._event_metrics(credits.now()) m;
   return query select m.* from credits._request_metrics(credits.now()) m;
+  return query select m.* from credits._notification_metrics(credits.now()) m;
   return query select m.* from credits._subscription_metrics(credits.now()) m;
   return query select m.* from credits._audit_metrics(credits.now()) m;
   return query select m.* from credits._total_metrics(credits.now()) m;
@@ -181,6 +182,32 @@ as $$
 $$;
 comment on function credits._request_metrics(timestamptz) is
   'By the partial indexes over requests that are open or went wrong.';
+
+create or replace function credits._notification_metrics(at timestamptz)
+returns setof credits.metric
+language sql
+stable
+as $$
+  with open as materialized (
+    select d.state, count(*) as deliveries,
+           extract(epoch from _notification_metrics.at
+                              - min(case d.state when 'pending' then d.next_attempt_at else d.locked_until end)) as late
+      from credits.notification_deliveries d
+     where d.state in ('pending', 'sent', 'dead')
+     group by d.state
+  )
+  select 'pgcredits_notifications', 'gauge', 'Deliveries of notifications that are not done, or were given up.',
+         jsonb_build_object('state', s.state), coalesce(o.deliveries, 0)::numeric
+    from unnest(array['pending', 'sent', 'dead']) s (state) left join open o on o.state = s.state
+  union all
+  select v.name, 'gauge', v.help, '{}', v.value
+    from (values
+      ('pgcredits_notifications_late_seconds', 'How long the first delivery of a notification is overdue.',
+       coalesce((select greatest(max(o.late), 0) from open o where o.state <> 'dead'), 0)),
+      ('pgcredits_notifications_dead', 'Deliveries that were given up.',
+       coalesce((select o.deliveries from open o where o.state = 'dead'), 0))
+    ) v (name, help, value)
+$$;
 
 create or replace function credits._subscription_metrics(at timestamptz)
 returns setof credits.metric

@@ -121,6 +121,9 @@ begin
          entry_seq = v_entry.entry_seq,
          hash      = v_entry.hash
    where b.account_id = v_entry.account_id;
+  if v_balance.low_at is not null and v_entry.amount < v_entry.debt and v_entry.kind <> 'expire' then
+    perform credits._watch_balance(v_entry.account_id);  -- of what expires more may be due, and come again
+  end if;
   return v_entry;
 end $$;
 

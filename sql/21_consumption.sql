@@ -197,5 +197,5 @@ begin
   loop
     v_balance := credits._expire_grant(v_balance, v_grant);
   end loop;
-  return v_balance;
+  return case when v_balance.low_at is null then v_balance else credits._watch_balance(_tidy.account_id) end;
 end $$;

@@ -24,6 +24,7 @@ begin
   select trim_scale(spend.amount) into v_amount
     from credits.balances b
    where b.account_id = spend.account_id and b.status = 'active' and credits._is_plain(b)
+     and credits._would_be_low(b, spend.amount) is not true
      and credits._is_request(spend.amount, spend.key, spend.metadata)
      for no key update;
 

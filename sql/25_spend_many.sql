@@ -103,6 +103,7 @@ begin
       from wanted w
       join credits.balances b on b.account_id = w.account_id
      where b.status = 'active' and b.debt = 0 and w.total <= credits._free(b)
+       and (credits._would_be_low(b, w.total) or b.has_scoped and b.low_at is not null) is not true
   ), refused as (
     select u.account_id
       from (select r.account_id, r.member_id, sum(r.amount) as amount

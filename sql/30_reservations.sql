@@ -144,6 +144,7 @@ begin
   select trim_scale(settle.amount) into v_amount
     from credits.balances b
    where b.account_id = settle.account_id and credits._is_plain(b)
+     and credits._would_be_low(b, settle.amount) is not true
      and credits._is_request(settle.amount, settle.reservation_id, settle.metadata)
      and coalesce(settle.on_overage, 'cap') in ('cap', 'overflow', 'reject')
      for no key update;

@@ -43,6 +43,7 @@ declare
   v_session credits.session_shape := _purchase.session;
   v_package credits.packages := credits._package_of_session(v_session);
   v_ours    credits.purchases := credits._purchase_of_checkout(v_session, _purchase.account_id);
+  v_known   credits.purchases;
 begin
   v_session.quantity := credits._quantity_of_session(v_session);
   if v_session.quantity is null then
@@ -59,8 +60,9 @@ begin
   if v_session.payment_status in ('paid', 'no_payment_required') then
     return credits._complete_purchase(v_session, _purchase.account_id, v_package);
   end if;
-  perform credits._record_purchase(v_session, _purchase.account_id, v_package,
+  v_known := credits._record_purchase(v_session, _purchase.account_id, v_package,
     case when v_session.status = 'expired' then 'expired' when _purchase.failed then 'failed' else 'processing' end);
+  perform credits._tell_purchase(v_known, v_package, 'payment_failed') where _purchase.failed and v_known.status = 'failed';
   return null;
 end $$;
 
@@ -180,7 +182,22 @@ begin
   update credits.purchases p
      set status = 'completed', grant_id = v_grant.grant_id, completed_at = credits.now()
    where p.account_id = v_purchase.account_id and p.purchase_id = v_purchase.purchase_id;
+  perform credits._tell_purchase(v_purchase, _complete_purchase.package, 'purchase_receipt');
   return jsonb_build_array(credits._effect('grant', v_purchase.account_id, v_grant.amount,
                                            jsonb_build_object('key', 'purchase:' || v_session.session_id)))
          || credits._settle_source('session', v_session.session_id, v_purchase.account_id);
 end $$;
+
+create or replace function credits._tell_purchase(
+  purchase credits.purchases,
+  package  credits.packages,
+  type     text
+)
+returns void
+language sql
+as $$
+  select credits._notify(p.account_id, _tell_purchase.type, p.purchase_id::text, jsonb_build_object(
+           'purchase_id', p.purchase_id, 'package', (_tell_purchase.package).name, 'quantity', p.quantity,
+           'credits', trim_scale(p.credits), 'amount', p.amount, 'currency', p.currency))
+    from (select (_tell_purchase.purchase).*) p
+$$;

@@ -32,6 +32,9 @@ declare
   v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
   perform credits._note_refund(v_refund);
+  perform credits._tell_payment(v_payment, case v_refund.status when 'succeeded' then 'refund' else 'refund_failed' end,
+                                v_refund.refund_id, v_refund.amount, v_refund.currency, v_refund.status)
+    where v_current and v_refund.status in ('succeeded', 'failed');
   return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
@@ -44,8 +47,31 @@ declare
   v_payment text := credits._payment_of_charge(v_dispute.charge_id, v_dispute.payment_intent_id);
   v_current boolean := credits._mirror(_on_dispute.notice, coalesce(v_dispute.charge_id, v_dispute.payment_intent_id));
 begin
+  perform credits._tell_payment(v_payment, 'dispute', v_dispute.dispute_id || ':' || v_dispute.status, v_dispute.amount,
+                                v_dispute.currency, v_dispute.status)
+    where v_current;
   return credits._applied(credits._payment_changed(v_payment, true), case when not v_current then 'superseded' end);
 end $$;
+
+-- Of an account, as far as it is known whose payment it is.
+create or replace function credits._tell_payment(
+  payment_id text,
+  type       text,
+  key        text,
+  amount     bigint,
+  currency   text,
+  status     text
+)
+returns void
+language sql
+as $$
+  select credits._notify(
+           (select p.account_id from credits.stripe_payments p where p.payment_id = _tell_payment.payment_id),
+           _tell_payment.type, _tell_payment.key, jsonb_build_object(
+             'payment_id', _tell_payment.payment_id, 'id', split_part(_tell_payment.key, ':', 1), 'amount', _tell_payment.amount,
+             'currency', _tell_payment.currency, 'status', _tell_payment.status))
+   where _tell_payment.key is not null
+$$;
 
 -- The payment that a charge belongs to. A dispute may know the charge alone: then the charge's own event, or a retrieve,
 -- tells the rest, and whoever comes second at the row of the charge sees what the first has written.

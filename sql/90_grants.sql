@@ -26,6 +26,10 @@ grant execute on function
   credits.archive_stripe_events, credits.set_stripe_endpoint,
   credits.claim_stripe_requests, credits.complete_stripe_request, credits.retry_stripe_request,
   credits.create_checkout, credits.get_checkout, credits.create_portal_session,
+  credits.set_low_balance_alert, credits.warn_expiring_credits,
+  credits.set_notification_endpoint, credits.remove_notification_endpoint, credits.list_notification_endpoints,
+  credits.claim_notifications, credits.complete_notification, credits.list_notifications, credits.replay_notification,
+  credits.retry_notifications, credits.purge_notifications,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
   credits.health, credits.ready, credits.metrics, credits.refresh_totals, credits.run_audit, credits.get_stripe_event,
   credits.list_settings, credits.set_setting, credits.erase_account, credits.repeat_erasures, credits.import_opening_balances

@@ -48,6 +48,13 @@ class Client:
         value: str = self.row("set_time_zone", account_id=account_id, time_zone=time_zone)[0]
         return value
 
+    def set_low_balance_alert(self, account_id: str | None, threshold: Amount | None = None) -> Any:
+        return self.row("set_low_balance_alert", account_id=account_id, threshold=threshold)
+
+    def warn_expiring_credits(self, **more: Any) -> int:
+        value: int = self.row("warn_expiring_credits", **more)[0]
+        return value
+
     def get_balance(self, account_id: str | None) -> Any:
         return self.row("get_balance", account_id=account_id)
 
@@ -297,3 +304,33 @@ class Client:
 
     def import_opening_balances(self, balances: list[Any], **more: Any) -> list[Any]:
         return self.rows("import_opening_balances", balances=psycopg.types.json.Jsonb(balances), **more)
+
+    def set_notification_endpoint(self, name: str | None, url: str | None, **more: Any) -> Any:
+        return self.row("set_notification_endpoint", name=name, url=url, **more)
+
+    def remove_notification_endpoint(self, name: str | None) -> bool:
+        value: bool = self.row("remove_notification_endpoint", name=name)[0]
+        return value
+
+    def list_notification_endpoints(self) -> list[Any]:
+        return self.rows("list_notification_endpoints")
+
+    def claim_notifications(self, max_rows: int | None = 10, worker: str | None = "test", **more: Any) -> list[Any]:
+        return self.rows("claim_notifications", max_rows=max_rows, worker=worker, **more)
+
+    def complete_notification(self, delivery_id: int | None, status: int | None, **more: Any) -> Any:
+        return self.row("complete_notification", delivery_id=delivery_id, status=status, **more)
+
+    def list_notifications(self, **more: Any) -> list[Any]:
+        return self.rows("list_notifications", **more)
+
+    def replay_notification(self, notification_id: int | None, **more: Any) -> list[Any]:
+        return self.rows("replay_notification", notification_id=notification_id, **more)
+
+    def retry_notifications(self, target: str | None, **more: Any) -> int:
+        value: int = self.row("retry_notifications", target=target, **more)[0]
+        return value
+
+    def purge_notifications(self, **more: Any) -> int:
+        value: int = self.row("purge_notifications", **more)[0]
+        return value

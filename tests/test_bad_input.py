@@ -53,6 +53,15 @@ ADDRESS: Wrong = {
 
 GOOD: dict[str, dict[str, Any]] = {
     "open_account": {"account_id": "new", "kind": "user"},
+    "set_low_balance_alert": {"account_id": "alpha", "threshold": 5},
+    "warn_expiring_credits": {"max_rows": 5},
+    "set_notification_endpoint": {"name": "shop", "url": "https://example.com/hook", "kinds": ["low_balance"]},
+    "claim_notifications": {"max_rows": 5, "worker": "one"},
+    "complete_notification": {"delivery_id": 0, "status": 200},
+    "list_notifications": {"max_rows": 5},
+    "replay_notification": {"notification_id": 0},
+    "retry_notifications": {"target": "shop", "max_rows": 5},
+    "purge_notifications": {"max_rows": 5},
     "freeze_account": {"account_id": "alpha"},
     "unfreeze_account": {"account_id": "alpha"},
     "get_balance": {"account_id": "alpha"},
@@ -141,6 +150,43 @@ BAD: dict[tuple[str, str], Wrong] = {
         )
     },
     ("adjust", "amount"): SIGNED_AMOUNT,
+    ("set_low_balance_alert", "threshold"): {NO_AMOUNT: TOO_SMALL},
+    **{
+        (verb, "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]}
+        for verb in (
+            "warn_expiring_credits",
+            "claim_notifications",
+            "list_notifications",
+            "retry_notifications",
+            "purge_notifications",
+        )
+    },
+    ("set_notification_endpoint", "name"): {
+        INVALID: [None, "", "Shop", "1shop", "my-shop", "customer", "operator", LONG]
+    },
+    ("set_notification_endpoint", "url"): {
+        INVALID: [
+            None,
+            "",
+            "example.com",
+            "http://example.com",
+            "ftp://example.com",
+            "https://user@example.com",
+            "http://127.0.0.1@x.com",
+            "http://localhost.example.com",
+            "http://127.0.0.1.example.com",
+            "https://example.com/a b",
+            "https://" + LONG,
+        ]
+    },
+    ("set_notification_endpoint", "account_id"): {
+        INVALID: ACCOUNT[INVALID][1:],
+        **{e: v for e, v in ACCOUNT.items() if e != INVALID},
+    },
+    ("set_notification_endpoint", "kinds"): {INVALID: [[], [None], ["low"], ["low_balance", ""]]},
+    ("complete_notification", "delivery_id"): {(404, "delivery_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("replay_notification", "notification_id"): {(404, "notification_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("retry_notifications", "target"): KEY,
     ("settle", "amount"): AMOUNT_OR_ZERO,
     ("set_debt_limit", "debt_limit"): AMOUNT_OR_ZERO,
     ("set_member", "member_id"): {INVALID: ACCOUNT[INVALID]},
@@ -299,6 +345,11 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("import_opening_balances", "balances"): NOT_A_NUMBER,
     ("import_opening_balances", "dry_run"): NOT_A_NUMBER,
     ("create_checkout", "quantity"): NOT_A_NUMBER,
+    ("set_low_balance_alert", "threshold"): NOT_A_NUMBER,
+    ("complete_notification", "status"): NOT_A_NUMBER,
+    ("complete_notification", "attempt"): NOT_A_NUMBER,
+    ("set_notification_endpoint", "enabled"): NOT_A_NUMBER,
+    ("list_notifications", "before"): NOT_A_NUMBER,
     ("create_checkout", "save_card"): NOT_A_NUMBER,
     ("create_checkout", "allow_promotion_codes"): NOT_A_NUMBER,
     ("create_checkout", "metadata"): NOT_A_NUMBER,
@@ -313,6 +364,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     """Accounts with a little of everything, which bad input must leave alone."""
     ledger = Ledger(conn)
     ledger.load_demo_catalog()
+    ledger.set_notification_endpoint("other", "http://localhost/")
     ledger.open("alpha", 100)
     ledger.open_account("beta", plan="team")
     ledger.receive_stripe_event("default", LOST)
@@ -329,6 +381,7 @@ def ledger(conn: Connection[Any]) -> Ledger:
     lives = {"id": "sub_3", "object": "subscription", "status": "active", "metadata": {"account_id": "gamma"}}
     ledger.tell("customer.subscription.created", lives)
     ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
+    ledger.claim_notifications(1)
     return ledger
 
 
@@ -341,6 +394,10 @@ def good(ledger: Ledger, verb: str) -> dict[str, Any]:
         arguments["purchase_id"] = ledger.table("purchases", "status = 'completed'")[0].purchase_id
     elif verb == "complete_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests")[0].request_id
+    elif verb == "replay_notification":
+        arguments["notification_id"] = ledger.list_notifications()[0].notification_id
+    elif verb == "complete_notification":
+        arguments["delivery_id"] = ledger.table("notification_deliveries", "state = 'sent'")[0].delivery_id
     elif verb == "retry_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests", "state = 'failed'")[0].request_id
     return arguments
@@ -416,10 +473,16 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
         "worker", "stripe_version", "attempt", "not_sent",
-        "save_card", "allow_promotion_codes", "release_holds",
+        "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled", "release_holds",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
     known -= {("check_access", "quality"), ("check_access", "model")}  # a gate, not an error
     known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
+    known |= {("set_notification_endpoint", "kinds"), ("retry_notifications", "target")}  # likewise
+    known -= {
+        ("list_notifications", "account_id"),
+        ("list_notifications", "kind"),
+        ("remove_notification_endpoint", "name"),
+    }  # nothing is found
     assert known == set(BAD)

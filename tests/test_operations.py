@@ -161,16 +161,18 @@ def test_reports_answer_for_the_service(ledger: Ledger) -> None:
 
 def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     good = {"past_due_grace": "0 days", "stripe_event_max_attempts": 5, "dispute_freezes": "account",
-            "allowed_redirect_urls": ["https://shop.example"]}  # fmt: skip
+            "allowed_redirect_urls": ["https://shop.example"], "low_balance_threshold": 5}  # fmt: skip
     bad: dict[str, list[Any]] = {"stripe_event_max_attempts": ["5", -1, None], "dispute_freezes": ["all", ""],
-           "allowed_redirect_urls": ["https://shop.example", [1], {}]}  # fmt: skip
+           "allowed_redirect_urls": ["https://shop.example", [1], {}], "low_balance_threshold": ["5", -1]}  # fmt: skip
     for name, value in good.items():
         assert ledger.set_setting(name, value).value == value
     for name, values in bad.items():
         for value in values:
             with ledger.unchanged(), refused(400, "invalid_request", argument="value"):
                 ledger.set_setting(name, value)
-    assert {row.name: row.value for row in ledger.list_settings()}.items() >= good.items()
+    settings = {row.name: row.value for row in ledger.list_settings()}
+    assert {name: settings[name] for name in good} == good
+    assert ledger.set_setting("low_balance_threshold", None).value is None
 
 
 def test_every_check_has_a_runbook_and_a_figure(ledger: Ledger) -> None:

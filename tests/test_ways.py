@@ -33,6 +33,8 @@ def work(ledger: Ledger, seed: int) -> list[str]:
     ledger.open("scoped", 200)
     ledger.grant(50, "scoped", scope=["songs"])
     ledger.open("poor", 12)
+    for name, threshold in (("plain", 450), ("many", 380), ("scoped", 150), ("poor", 8)):
+        ledger.set_low_balance_alert(name, threshold)
     ledger.set_member("plain", "m1", monthly_limit=60)
     ledger.set_member("many", "m1")
     holds = [("plain", "k0")]
@@ -69,7 +71,9 @@ def test_one_statement_and_the_general_way_write_the_same(conn: Connection[Any],
             ledger = Ledger(conn)
             ledger.change("alter table credits.grants alter column grant_id restart with 1000000")
             ledger.change(preparation)
+            ledger.change("alter table credits.notifications alter column notification_id restart with 1000000")
             runs.append((work(ledger, seed), ledger.snapshot()))
+            assert ledger.list_notifications(kind="low_balance")
             assert_sound(ledger)
     (answers, tables), (general_answers, general_tables) = runs
     assert answers == general_answers
