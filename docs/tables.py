@@ -17,7 +17,7 @@ PAGES = (
     "docs/subscriptions.md",
 )  # fmt: skip
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-UNASKED = r"^((object|answer|failed)\.|v2\.core\.event$)"  # answers to us, and what has no type of its own
+UNASKED = r"^((object|answer|failed|again)\.|v2\.core\.event$)"  # answers to our own requests, and thin events
 
 
 def filled(page: str, conn: Connection[Any]) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import socket
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -377,6 +379,74 @@ def notify_list(
             escape("\n".join(deliveries)),
         )  # fmt: skip
     console.print(table)
+
+
+@stripe_cli.command("reconcile")
+def stripe_reconcile(
+    dsn: Dsn = "",
+    since: Annotated[str, typer.Option(help="How far back: 7d, 12h, or a moment. Default: reconcile_window.")] = "",
+    *,
+    repair: Annotated[bool, typer.Option("--repair", help="Apply what never arrived.")] = False,
+    patience: Annotated[int, typer.Option(min=1, help="Seconds to wait for Stripe.")] = 300,
+) -> None:
+    """Compare what Stripe has with what arrived here, and print what differs; exit code 1 if anything remains.
+
+    It executes what is due, as `pgcredits stripe work --once` does.
+    """
+    settings = Settings.from_environment()
+    if not settings.stripe_key:
+        raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
+    with _database(dsn, settings) as target:
+        run, gaps = _reconcile(replace(settings, dsn=target), _moment(since), repair=repair, patience=patience)
+    table = Table("object", "what", "state", "account", "amount", "made", "why")
+    for gap in gaps:
+        amount = "" if gap["amount"] is None else f"{gap['amount']} {gap['currency']}"
+        names = ("object_id", "gap", "state", "account_id", "created_at", "reason")
+        object_id, gap_, state, account_id, made, why = (str(gap[name] or "") for name in names)
+        table.add_row(object_id, gap_, state, account_id, amount, made, why)
+    if gaps:
+        console.print(table)
+    print(
+        f"Run {run['run_id']} is {run['state']}: {run['checked']} compared, {run['found']} had not arrived; "
+        f"{run['repaired']} repaired, {run['repairing']} under way, {run['remaining']} remain, "
+        f"{run['foreign_objects']} of others."
+    )
+    if run["error"]:
+        print(run["error"], file=sys.stderr)
+    if run["state"] != "done" or run["remaining"] or run["repairing"]:
+        raise typer.Exit(1)
+
+
+def _reconcile(
+    settings: Settings, since: datetime | None, *, repair: bool, patience: int
+) -> tuple[db.Row, list[db.Row]]:
+    """Start a run, or join the one that runs, work until it is through or patience ends; the run and all it found."""
+    deadline = time.monotonic() + patience
+    with psycopg.connect(settings.dsn, autocommit=True) as conn, console.status("Stripe is asked …") as status:
+        (run,) = db.call(conn, "reconcile_stripe", since=since, repair=repair)
+        while (run["state"] == "running" or run["repairing"]) and time.monotonic() < deadline:
+            asyncio.run(worker.work(settings, once=True))
+            (run,) = db.call(conn, "get_reconciliation", run_id=run["run_id"])
+            status.update(f"{run['checked']} compared, {run['found']} had not arrived, {run['repairing']} under way …")
+            if run["state"] == "running" or run["repairing"]:
+                time.sleep(1)
+        gaps: list[db.Row] = []
+        while page := db.call(
+            conn, "list_stripe_gaps", run_id=run["run_id"], after=gaps[-1]["object_id"] if gaps else None
+        ):
+            gaps += page
+    return run, gaps
+
+
+def _moment(text: str) -> datetime | None:
+    """7d, 12h or 30m ago, or a moment as ISO text."""
+    if ago := re.fullmatch(r"([0-9]{1,6})([dhm])", text):
+        unit = {"d": "days", "h": "hours", "m": "minutes"}[ago[2]]
+        return datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
+    try:
+        return datetime.fromisoformat(text).astimezone() if text else None
+    except ValueError:
+        raise SettingsError(f"--since is 7d, 12h, or a moment such as 2026-11-21T08:00Z, not {text!r}") from None
 
 
 def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:

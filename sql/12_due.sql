@@ -19,6 +19,9 @@ begin
      where b.account_id = v_balance.account_id
     returning b.* into v_balance;
   end loop;
+  if credits._free(v_balance) - v_balance.debt < v_balance.topup_below then
+    perform credits._look_at_top_up(v_balance.account_id);
+  end if;
   return case when v_balance.low_at is null then v_balance else credits._watch_balance(v_balance.account_id) end;
 end $$;
 

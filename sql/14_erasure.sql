@@ -9,6 +9,7 @@ with listed (table_name, treatment, columns) as (values
   ('accounts',             'mark',   array['fingerprint']),
   ('allowances',           'keep',   array['allowance_id', 'subscription_id', 'invoice_id', 'line_id', 'item_id', 'price_id',
                                            'plan']),
+  ('auto_topups',          'remove', array['package', 'currency', 'paused_reason', 'paused_card']),
   ('balances',             'keep',   array['status', 'plan']),
   ('checkouts',            'keep',   array['checkout_id', 'kind', 'key', 'session_id', 'status']),
   ('checkouts',            'mark',   array['fingerprint']),
@@ -50,6 +51,8 @@ with listed (table_name, treatment, columns) as (values
   ('subscription_items',   'keep',   array['subscription_id', 'item_id', 'price_id', 'product_id']),
   ('subscriptions',        'keep',   array['subscription_id', 'source', 'state', 'status', 'plan', 'customer_id', 'price_id',
                                            'pending_plan']),
+  ('top_ups',              'keep',   array['top_up_id', 'state', 'customer_id', 'payment_method', 'payment_intent_id',
+                                           'error_code', 'decline_code', 'advice_code']),
   ('usage_admissions',     'keep',   array['capability']),
   ('usage_windows',        'keep',   array['capability', 'period']),
   ('usages',               'keep',   array['usage_id', 'capability', 'quality', 'model', 'plan', 'counts', 'counted_in']),
@@ -150,7 +153,8 @@ as $$
                                join credits.subscription_states t on t.state = s.state
                               where s.account_id = _in_use.account_id and s.source = 'stripe' and not t.terminal),
            'requests', (select count(*) from credits.stripe_requests r
-                         where r.account_id = _in_use.account_id and r.state in ('queued', 'sent')))
+                         where r.account_id = _in_use.account_id
+                           and r.state in ('queued', 'sent', 'processing', 'requires_action')))
 $$;
 
 create or replace function credits._is_idle(account_id text)
@@ -275,6 +279,9 @@ begin
    where (o.object_id = any (v_ids) or credits._mentions(o.snapshot::text, v_ids, _erase_stripe.account_id))
      and (o.previous is not null or o.snapshot <> credits._bare(o.snapshot));
   get diagnostics objects = row_count;
+  update credits.stripe_gaps g
+     set object = credits._bare(g.object)
+   where credits._mentions(g.object::text, v_ids, _erase_stripe.account_id) and g.object <> credits._bare(g.object);
   update credits.stripe_events e
      set payload = null, archived_at = credits.now(), effects = null, error = null, next_attempt_at = null, waits_for = null,
          reason = case when e.status in ('applied', 'ignored') then e.reason else 'erased' end,
@@ -310,13 +317,14 @@ language sql
 immutable
 as $$
   select string_to_array(
-    'account account_id amount amount_captured amount_discount amount_paid amount_refunded amount_shipping amount_subtotal '
+    'account account_id advice_code amount amount_captured amount_discount amount_paid amount_received amount_refunded '
+    'amount_shipping amount_subtotal '
     'amount_tax amount_total attempt_count billing_cycle_anchor breakdown cancel_at cancel_at_period_end captured charge '
-    'checkout_id client_reference_id coupon created credits credits_included currency current_period_end current_period_start '
-    'current_phase customer data deleted discount discounts end end_date ended_at expires_at has_more id includedCredits '
-    'interval interval_count invoice invoice_item_details items lines livemode metadata mode monthly_credits object package '
+    'checkout_id client_reference_id code coupon created credits credits_included currency current_period_end current_period_start '
+    'current_phase customer data decline_code deleted discount discounts end end_date ended_at expires_at has_more id includedCredits '
+    'interval interval_count invoice invoice_item_details items last_payment_error lines livemode metadata mode monthly_credits object package '
     'paid parent pause_collection payment payment_intent payment_status payments period phases plan price price_details '
     'price_id pricing product promotion_code proration quantity quantity_decimal recurring refund_request_id schedule source '
     'start start_date status subscription subscription_details subscription_item subscription_item_details total '
-    'total_details trial_credits trial_end type unit_amount unit_amount_decimal usage_type', ' ')
+    'top_up_id total_details trial_credits trial_end type unit_amount unit_amount_decimal usage_type', ' ')
 $$;

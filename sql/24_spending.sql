@@ -19,9 +19,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_amount numeric;
+  v_below  numeric;
   v_result credits.entry_result;
 begin
-  select trim_scale(spend.amount) into v_amount
+  select trim_scale(spend.amount), b.topup_below into v_amount, v_below
     from credits.balances b
    where b.account_id = spend.account_id and b.status = 'active' and credits._is_plain(b)
      and credits._would_be_low(b, spend.amount) is not true
@@ -65,6 +66,9 @@ begin
     returning e.entry_seq, e.account_id, e.amount, e.debt, e.balance_after, e.available_after, e.created_at, false
       into v_result;
     if found then
+      if v_result.available < v_below then
+        perform credits._after_debit(spend.account_id);
+      end if;
       return v_result;
     end if;
   end if;
@@ -207,6 +211,9 @@ begin
   v_entry.metadata    := transfer_credits.metadata;
   v_entry := credits._post(v_from, v_entry, v_slices);
   perform credits._receive_gift(v_to, v_entry);
+  if v_entry.available_after < v_from.topup_below then
+    perform credits._after_debit(v_entry.account_id);
+  end if;
   return credits._transfer_result(v_entry, transfer_credits.to_account_id, false);
 end $$;
 comment on function credits.transfer_credits(text, text, numeric, text, text, jsonb) is
@@ -270,6 +277,9 @@ begin
   v_entry := credits._post(v_balance, v_entry, v_slices);
   if v_member.member_id is not null then
     perform credits._count_member(_spend.account_id, _spend.member_id, v_amount, v_entry.created_at);
+  end if;
+  if v_entry.available_after < v_balance.topup_below then
+    perform credits._after_debit(_spend.account_id);
   end if;
   return credits._entry_result(v_entry, false);
 end $$;

@@ -208,6 +208,10 @@ begin
              join credits.members m on m.account_id = r.account_id and m.member_id = r.member_id
             where r.simple
             group by m.account_id, m.member_id) u;
+  perform credits._after_debit(b.account_id)
+     from credits.balances b
+    where b.account_id = any (array(select distinct r.account_id from unnest(_spend_together.requests) r where r.simple))
+      and b.topup_below is not null and credits._free(b) - b.debt < b.topup_below;
 end $$;
 
 create or replace function credits._spend_alone(request credits.spend_request)

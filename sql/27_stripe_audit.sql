@@ -40,7 +40,32 @@ begin
      group by s.account_id
     having count(*) > 1;
   return query select f.* from credits._audit_clawbacks() f;
+  return query select f.* from credits._audit_top_ups() f;
 end $$;
+
+create or replace function credits._audit_top_ups()
+returns setof credits.audit_finding
+language sql
+stable
+as $$
+  select 'one_open_top_up', t.account_id, jsonb_build_object('open', count(*))
+    from credits.top_ups t
+   where t.finished_at is null
+   group by t.account_id
+  having count(*) > 1
+  union all
+  select 'top_ups_have_their_grant', t.account_id, jsonb_build_object('top_up_id', t.top_up_id, 'state', t.state)
+    from credits.top_ups t
+    left join credits.purchases p on p.account_id = t.account_id and p.purchase_id = t.purchase_id
+   where (t.state = 'succeeded') is distinct from (p.grant_id is not null)
+      or t.state = 'succeeded' and t.payment_intent_id is distinct from p.stripe_payment_intent_id
+  union all
+  select 'top_ups_are_armed', b.account_id, jsonb_build_object('topup_below', b.topup_below, 'expected', r.threshold)
+    from credits.balances b
+    left join credits.auto_topups r on r.account_id = b.account_id and r.enabled and r.paused_reason is null
+                                   and credits._open_top_up(r.account_id) is null
+   where b.topup_below is distinct from r.threshold
+$$;
 
 -- Every grant that a payment has bought stands where the payment says: nothing refunded is forgotten, and as much was taken as
 -- there was to take.
@@ -61,7 +86,8 @@ as $$
   ), bought as (
     select s.source_kind, s.source_id, p.account_id, p.grant_id
       from sources s
-      join credits.purchases p on s.source_kind = 'session' and p.stripe_session_id = s.source_id and p.grant_id is not null
+      join credits.purchases p on s.source_kind <> 'invoice' and p.grant_id is not null
+                              and coalesce(p.stripe_session_id, p.stripe_payment_intent_id) = s.source_id
     union all
     select s.source_kind, s.source_id, p.account_id, p.grant_id
       from sources s

@@ -22,9 +22,10 @@ as $$
 declare
   v_ttl    interval := coalesce(reserve.ttl, '15 minutes');
   v_amount numeric;
+  v_below  numeric;
   v_result credits.reserve_result;
 begin
-  select trim_scale(reserve.amount) into v_amount
+  select trim_scale(reserve.amount), b.topup_below into v_amount, v_below
     from credits.balances b
    where b.account_id = reserve.account_id and b.status = 'active' and credits._is_plain(b)
      and credits._is_request(reserve.amount, reserve.reservation_id, reserve.metadata)
@@ -58,6 +59,9 @@ begin
     returning r.reservation_id, r.account_id, r.amount, r.expires_at, r.available_after, false
       into v_result;
     if found then
+      if v_result.available < v_below then
+        perform credits._after_debit(reserve.account_id);
+      end if;
       return v_result;
     end if;
   end if;

@@ -31,6 +31,9 @@ begin
     perform credits._fail_closed(v_hold);
   end if;
   v_hold := credits._settle_hold(v_balance, v_hold, v_amount, v_policy, v_print, v_meta);
+  if v_balance.topup_below is not null and (v_hold.closing ->> 'available')::numeric < v_balance.topup_below then
+    perform credits._after_debit(_settle.account_id);
+  end if;
   return credits._settle_result(v_hold, false);
 end $$;
 
@@ -110,6 +113,9 @@ begin
   returning r.* into v_first;
   if v_first.counted then
     perform credits._count_member(_reserve.account_id, _reserve.member_id, v_first.amount, v_now);
+  end if;
+  if v_first.available_after < v_balance.topup_below then
+    perform credits._after_debit(_reserve.account_id);
   end if;
   return credits._reserve_result(v_first, false);
 end $$;

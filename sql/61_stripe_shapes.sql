@@ -471,6 +471,28 @@ as $$
     from (select _shape_dispute.object) x (o)
 $$;
 
+-- A payment. What our metadata say of it: whose it is, and which attempt of automatic top-up asked for it.
+create or replace function credits._shape_intent(object jsonb)
+returns credits.intent_shape
+language sql
+immutable
+as $$
+  select row(o ->> 'id', o ->> 'status', credits._whole(o -> 'amount_received'), lower(o ->> 'currency'),
+             credits._ref(o -> 'customer'), credits._flag(o -> 'livemode'), nullif(o #>> '{metadata,account_id}', ''),
+             nullif(o #>> '{metadata,top_up_id}', ''), o #>> '{last_payment_error,code}',
+             o #>> '{last_payment_error,decline_code}', o #>> '{last_payment_error,advice_code}')::credits.intent_shape
+    from (select _shape_intent.object) x (o)
+$$;
+
+-- The payment inside an answer that says that it was declined.
+create or replace function credits._shape_declined(answer credits.stripe_notice)
+returns credits.stripe_notice
+language sql
+immutable
+as $$
+  select credits._shape_part(_shape_declined.answer, 'payment_intent', (_shape_declined.answer).object #> '{error,payment_intent}')
+$$;
+
 -- Lists -------------------------------------------------------------------------------------------------------------
 
 create or replace function credits._has_more(list jsonb)

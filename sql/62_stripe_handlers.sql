@@ -1,5 +1,6 @@
 -- What each family of Stripe's events does, and the rows that name its function. object.* are answers that tell of an object;
--- answer.<purpose> takes the answers to our requests of a purpose, failed.<purpose> hears of those that came to nothing.
+-- answer.<purpose> takes the answers to our requests of a purpose, failed.<purpose> hears of those that came to nothing,
+-- again.<purpose> of those that are asked anew.
 -- A handler takes a notice and answers applied or ignored with a reason and its effects, or parks. It acts on the object,
 -- not on the name of the event: several types tell of one fact, and each may come late.
 
@@ -91,7 +92,14 @@ with listed (event_type, handler) as (values
   ('object.line_items',                           '_on_list'),
   ('object.invoice_payments',                     '_on_list'),
   ('v2.core.event',                               '_on_thin_event'),
-  ('failed.checkout',                             '_on_failed_checkout')
+  ('failed.checkout',                             '_on_failed_checkout'),
+  ('failed.top_up',                               '_on_failed_top_up'),
+  ('again.checkout',                              '_on_checkout_again'),
+  ('again.refund',                                '_on_refund_again'),
+  ('answer.lookup',                               '_on_lookup'),
+  ('failed.lookup',                               '_on_failed_lookup'),
+  ('answer.reconcile',                            '_on_page'),
+  ('failed.reconcile',                            '_on_failed_page')
 ), summed (event_type, handler, summary) as (
   select l.event_type, l.handler, s.summary
     from listed l
@@ -102,7 +110,7 @@ with listed (event_type, handler) as (values
       ('_on_invoice_payment',  'Remembers which payment paid which invoice.'),
       ('_on_subscription',     'Mirrors the subscription and moves its state. Grants nothing by itself.'),
       ('_on_schedule',         'Mirrors it; the plan that comes next is shown as pending.'),
-      ('_on_payment_intent',   'Mirrors it.'),
+      ('_on_payment_intent',   'Mirrors it; one of ours completes or closes its top-up.'),
       ('_on_charge',           'Mirrors it; takes back what it refunds.'),
       ('_on_refund',           'Mirrors it; takes back, or gives back if it failed.'),
       ('_on_dispute',          'Mirrors it; freezes what is unspent, takes back if lost, gives back if won.'),
@@ -112,7 +120,14 @@ with listed (event_type, handler) as (values
       ('_on_payment_method',   'Mirrors it; keeps the default card of its customer.'),
       ('_on_list',             'Keeps the rest of a list that did not fit into an event.'),
       ('_on_thin_event',       'Retrieves the object that it names.'),
-      ('_on_failed_checkout',  'Closes the purchase that was to be paid there.')) s (handler, summary) on s.handler = l.handler
+      ('_on_failed_checkout',  'Closes the purchase that was to be paid there.'),
+      ('_on_failed_top_up',    'Closes the attempt; lets the card rest, or pauses the rule.'),
+      ('_on_checkout_again',   'Opens that purchase again.'),
+      ('_on_refund_again',     'Holds its amount back again.'),
+      ('_on_lookup',           'Finds what an unknown request has made, or that it never did.'),
+      ('_on_failed_lookup',    'Leaves the unknown request to a person.'),
+      ('_on_page',             'Compares what is listed with what is known.'),
+      ('_on_failed_page',      'Ends the run.')) s (handler, summary) on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
   select s.event_type, s.handler, s.summary from summed s
@@ -137,13 +152,6 @@ as $$
                                            (credits._shape_price((_on_price.notice).object)).product_id))
 $$;
 
-create or replace function credits._on_payment_intent(notice credits.stripe_notice)
-returns credits.handler_result
-language sql
-as $$
-  select credits._mirrored(credits._mirror(_on_payment_intent.notice))
-$$;
-
 create or replace function credits._on_customer(notice credits.stripe_notice)
 returns credits.handler_result
 language plpgsql
@@ -165,17 +173,19 @@ returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_current boolean := credits._mirror(_on_payment_method.notice);
+  v_customer text := credits._card_customer(_on_payment_method.notice);
+  v_current  boolean := credits._mirror(_on_payment_method.notice, v_customer);
 begin
-  perform credits._refresh_customer(credits._card_customer(_on_payment_method.notice));
+  perform credits._refresh_customer(v_customer);
   return credits._mirrored(v_current);
 end $$;
 
 -- What we keep of a customer follows from the snapshots of it and of its card, whichever came last.
 create or replace function credits._refresh_customer(customer_id text)
 returns void
-language sql
+language plpgsql
 as $$
+begin
   update credits.stripe_customers c
      set deleted = o.deleted,
          default_payment_method = case when m.snapshot is null or (credits._shape_owner(m.snapshot)).customer_id is not null then d.card end
@@ -183,8 +193,9 @@ as $$
          lateral (select credits._default_card(o.snapshot) as card) d
          left join credits.stripe_objects m on m.kind = 'payment_method' and m.object_id = d.card
    where o.kind = 'customer' and o.object_id = _refresh_customer.customer_id and o.snapshot is not null
-     and c.customer_id = o.object_id
-$$;
+     and c.customer_id = o.object_id;
+  perform credits._card_changed(_refresh_customer.customer_id);
+end $$;
 
 -- Answers come page by page; the last one wakes whoever waits for the whole.
 create or replace function credits._on_list(notice credits.stripe_notice)

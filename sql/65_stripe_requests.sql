@@ -47,8 +47,9 @@ Commit, then send each outside of any transaction, within the lease, under its i
 its stripe_version, and hand every outcome, also none, to complete_stripe_request with its attempt. stripe_version is what the
 worker speaks; a request keeps the one of its first worker. Requests whose worker did not come back are claimed again. Of those
 that change something about one ref the oldest goes first and the others wait for its outcome. A post whose outcome is not known
-23 hours after it was first sent becomes unknown, is never sent again, and is told as stripe_request_unknown. After a 401 nothing
-is claimed for 5 minutes, then one request, to try the key.
+23 hours after it was first sent becomes unknown and is never sent again. If Stripe can list what it would have made, that is looked
+for (stripe_lookups): found, it is the answer; not found, it is asked anew or has failed. The others are told as
+stripe_request_unknown. After a 401 nothing is claimed for 5 minutes, then one request, to try the key.
 Errors: 400 invalid_request.';
 
 create or replace function credits.retry_stripe_request(request_id bigint)
@@ -67,6 +68,7 @@ begin
   if not found then
     perform credits._fail(404, 'request_not_found', jsonb_build_object('request_id', retry_stripe_request.request_id));
   elsif v_request.state not in ('failed', 'declined', 'unknown')
+        or v_request.purpose = 'top_up' and v_request.state <> 'unknown'  -- its attempt is closed: the next one is a new one
         or exists (select from credits.stripe_requests l
                     where l.purpose = v_request.purpose and l.ref = v_request.ref and l.request_id > v_request.request_id) then
     perform credits._fail(409, 'request_not_failed',
@@ -76,17 +78,14 @@ begin
   update credits.stripe_requests r
      set state = 'failed', finished_at = credits.now()
    where r.request_id = v_request.request_id and r.state = 'unknown';
-  insert into credits.stripe_requests as r (purpose, ref, account_id, method, path, params, stripe_account, created_at, run_at)
-  values (v_request.purpose, v_request.ref, v_request.account_id, v_request.method, v_request.path, v_request.params,
-          v_request.stripe_account, credits.now(), credits.now())
-  returning r.* into v_request;
-  return credits._request_result(v_request);
+  return credits._request_result(credits._ask_again(v_request));
 end $$;
 comment on function credits.retry_stripe_request(bigint) is
 'Makes a request to Stripe again that failed, was declined or is unknown: a new one, under an idempotency key of its own.
 
-Look at Stripe first whether an unknown one was done: this does it again. It then counts as failed. Answers the new request.
-Errors: 404 request_not_found, 409 request_not_failed.';
+Look at Stripe first whether an unknown one was done: this does it again. It then counts as failed. Answers the new request, by
+which a checkout or a refund goes from now on.
+Errors: 404 request_not_found, 409 request_not_failed, 422 invalid_amount, for a refund of more than is left.';
 
 -- Of the writes about one ref the oldest is first: while it may still be sent, a later one would be undone by it.
 create or replace function credits._claim_due(
@@ -143,8 +142,25 @@ begin
      where r.request_id = d.request_id
     returning r.*
   loop
-    perform credits._tell_request(v_request, 'stripe_request_unknown');
+    perform credits._tell_request(v_request, 'stripe_request_unknown') where not credits._look_up(v_request);
   end loop;
+end $$;
+
+-- A new request in the place of one that came to nothing. Who asked goes by the new one from now on.
+create or replace function credits._ask_again(request credits.stripe_requests)
+returns credits.stripe_requests
+language plpgsql
+as $$
+declare
+  v_before  credits.stripe_requests := _ask_again.request;
+  v_request credits.stripe_requests;
+begin
+  insert into credits.stripe_requests as r (purpose, ref, account_id, method, path, params, stripe_account, created_at, run_at)
+  values (v_before.purpose, v_before.ref, v_before.account_id, v_before.method, v_before.path, v_before.params,
+          v_before.stripe_account, credits.now(), credits.now())
+  returning r.* into v_request;
+  perform credits._tell_asker(v_request, 'again', null);
+  return v_request;
 end $$;
 
 -- Asks again later rather than twice: of a request that waits only the last word counts, one that was sent stands.

@@ -45,12 +45,19 @@ as $$
 declare
   v_dispute credits.dispute_shape := credits._shape_dispute((_on_dispute.notice).object);
   v_payment text := credits._payment_of_charge(v_dispute.charge_id, v_dispute.payment_intent_id);
+  v_first   boolean := credits._snapshot('dispute', v_dispute.dispute_id) is null;
   v_current boolean := credits._mirror(_on_dispute.notice, coalesce(v_dispute.charge_id, v_dispute.payment_intent_id));
+  v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
   perform credits._tell_payment(v_payment, 'dispute', v_dispute.dispute_id || ':' || v_dispute.status, v_dispute.amount,
                                 v_dispute.currency, v_dispute.status)
     where v_current;
-  return credits._applied(credits._payment_changed(v_payment, true), case when not v_current then 'superseded' end);
+  if v_first and v_dispute.status in ('needs_response', 'under_review', 'lost') then  -- purchases see it by themselves
+    perform credits._pause_top_up(p.account_id, 'disputed')
+       from credits.stripe_payments p
+      where p.payment_id = v_payment and p.source_kind = 'invoice';
+  end if;
+  return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
 -- Of an account, as far as it is known whose payment it is.
@@ -244,9 +251,7 @@ declare
 begin
   for v_grant in
     select p.grant_id
-      from credits.purchases p
-     where _settle_source.source_kind = 'session' and p.account_id = _settle_source.account_id
-       and p.stripe_session_id = _settle_source.source_id and p.grant_id is not null
+      from credits._purchases_of(_settle_source.source_kind, _settle_source.source_id, _settle_source.account_id) p
     union all
     select p.grant_id
       from credits.plan_grants p
@@ -260,9 +265,9 @@ begin
       credits._share(v_totals.refunded + v_totals.lost + case when v_account then 0 else v_totals.open end, v_totals.captured));
   end loop;
 
-  if _settle_source.source_kind = 'session' then
-    perform credits._settle_purchase(_settle_source.account_id, _settle_source.source_id, v_totals);
-  elsif v_effects <> '[]' then
+  perform credits._settle_purchase(p, v_totals)
+     from credits._purchases_of(_settle_source.source_kind, _settle_source.source_id, _settle_source.account_id) p;
+  if _settle_source.source_kind = 'invoice' and v_effects <> '[]' then
     perform credits._refresh_plan(_settle_source.account_id);  -- a line that is refunded in full pays out no more
   end if;
   if v_account or exists (select from credits.accounts a
@@ -273,24 +278,55 @@ begin
   return v_effects;
 end $$;
 
+-- What a session, or the payment of a top-up, has bought.
+create or replace function credits._purchases_of(
+  source_kind text,
+  source_id   text,
+  account_id  text
+)
+returns setof credits.purchases
+language sql
+stable
+as $$
+  select p.*
+    from credits.purchases p
+   where _purchases_of.source_kind = 'session' and p.account_id = _purchases_of.account_id
+     and p.stripe_session_id = _purchases_of.source_id and p.grant_id is not null
+  union all
+  select p.*
+    from credits.purchases p
+   where _purchases_of.source_kind = 'top_up' and p.account_id = _purchases_of.account_id
+     and p.stripe_payment_intent_id = _purchases_of.source_id and p.stripe_session_id is null and p.grant_id is not null
+$$;
+
+-- Money that goes back ends automatic top-up, or it would buy again what was taken: a top-up's own, and any that is disputed.
+drop function if exists credits._settle_purchase(text, text, credits.payment_totals);
 create or replace function credits._settle_purchase(
-  account_id text,
-  session_id text,
-  totals     credits.payment_totals
+  purchase credits.purchases,
+  totals   credits.payment_totals
 )
 returns void
-language sql
+language plpgsql
 as $$
+declare
+  v_before   credits.purchases := _settle_purchase.purchase;
+  v_refunded bigint := (_settle_purchase.totals).refunded;
+  v_disputed bigint := (_settle_purchase.totals).lost + (_settle_purchase.totals).open;
+begin
   update credits.purchases p
-     set amount_refunded = (_settle_purchase.totals).refunded,
-         amount_disputed = (_settle_purchase.totals).lost + (_settle_purchase.totals).open,
-         status = case when (_settle_purchase.totals).lost + (_settle_purchase.totals).open > 0 then 'disputed'
-                       when (_settle_purchase.totals).refunded = 0 then 'completed'
-                       when (_settle_purchase.totals).refunded >= (_settle_purchase.totals).captured then 'refunded'
+     set amount_refunded = v_refunded,
+         amount_disputed = v_disputed,
+         status = case when v_disputed > 0 then 'disputed'
+                       when v_refunded = 0 then 'completed'
+                       when v_refunded >= (_settle_purchase.totals).captured then 'refunded'
                        else 'partially_refunded' end
-   where p.account_id = _settle_purchase.account_id and p.stripe_session_id = _settle_purchase.session_id
-     and p.grant_id is not null
-$$;
+   where p.account_id = v_before.account_id and p.purchase_id = v_before.purchase_id;
+  if v_disputed > v_before.amount_disputed then
+    perform credits._pause_top_up(v_before.account_id, 'disputed');
+  elsif v_refunded > v_before.amount_refunded and v_before.stripe_session_id is null then
+    perform credits._pause_top_up(v_before.account_id, 'refunded');
+  end if;
+end $$;
 
 -- With dispute_freezes = account: frozen while any dispute of its payments is open, and only what we froze is unfrozen.
 create or replace function credits._freeze_disputed(account_id text)

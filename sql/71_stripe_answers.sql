@@ -159,7 +159,7 @@ begin
       when _close_request.outcome = 'again'                           then 'stripe_request_given_up'
       else                                                                 'stripe_request_failed' end)
     where v_state in ('failed', 'unknown');
-  perform credits._apply_failure(v_request, _close_request.answer) where v_state in ('failed', 'declined');
+  perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
   return v_request;
 end $$;
 
@@ -243,29 +243,28 @@ begin
   return v_verdict;
 end $$;
 
--- What asked may have to know that nothing comes of it. An error here leaves the request open: its answer is brought again.
-create or replace function credits._apply_failure(
+-- What asked may have to know that nothing comes of it, or that it is asked again. An error here undoes what it hears of.
+create or replace function credits._tell_asker(
   request credits.stripe_requests,
-  answer  jsonb
+  word    text,
+  said    jsonb
 )
 returns void
 language plpgsql
 as $$
 declare
+  v_type    text := _tell_asker.word || '.' || (_tell_asker.request).purpose;
   v_handler text;
 begin
-  select h.handler into v_handler
-    from credits.stripe_handlers h
-   where h.event_type = 'failed.' || (_apply_failure.request).purpose;
+  select h.handler into v_handler from credits.stripe_handlers h where h.event_type = v_type;
   if found then
     execute format('select credits.%I($1)', v_handler)
-      using row('request:' || (_apply_failure.request).request_id, 'failed.' || (_apply_failure.request).purpose, null,
-                (_apply_failure.request).ref, (_apply_failure.request).as_of, _apply_failure.answer, null, true
-               )::credits.stripe_notice;
+      using row('request:' || (_tell_asker.request).request_id, v_type, null, (_tell_asker.request).ref,
+                (_tell_asker.request).as_of, _tell_asker.said, null, true)::credits.stripe_notice;
   end if;
 end $$;
 
--- The request whose answer a handler of answer.* or failed.* was given. Its row is locked.
+-- The request that a handler of answer.*, failed.* or again.* was told of. Its row is locked.
 create or replace function credits._answered(notice credits.stripe_notice)
 returns credits.stripe_requests
 language sql

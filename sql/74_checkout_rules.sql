@@ -213,3 +213,21 @@ as $$
                            'quantity', q.asked ->> 'quantity', 'checkout_id', (_checkout_params.checkout).checkout_id,
                            'purchase_id', (_checkout_params.checkout).purchase_id::text)) as metadata) m
 $$;
+
+-- What failed before it had a session may still be sold: by another request, under the same checkout.
+create or replace function credits._on_checkout_again(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+declare
+  v_request credits.stripe_requests := credits._answered(_on_checkout_again.notice);
+begin
+  perform credits._lock_account(v_request.account_id);
+  update credits.checkouts c set request_id = v_request.request_id where c.checkout_id = v_request.ref;
+  update credits.purchases p
+     set status = 'pending'
+    from credits.checkouts c
+   where c.checkout_id = v_request.ref and p.account_id = c.account_id and p.purchase_id = c.purchase_id
+     and p.status = 'failed' and p.stripe_session_id is null;
+  return credits._applied();
+end $$;

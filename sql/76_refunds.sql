@@ -71,7 +71,9 @@ stable
 as $$
   select case when (_refundable.purchase).grant_id is null or (_refundable.purchase).stripe_payment_intent_id is null then 0
               else greatest(0, t.captured - t.refunded - t.lost - t.open - o.amount) end
-    from credits._payment_totals('session', (_refundable.purchase).stripe_session_id) t,
+    from credits._payment_totals(case when (_refundable.purchase).stripe_session_id is null then 'top_up' else 'session' end,
+                                 coalesce((_refundable.purchase).stripe_session_id,
+                                          (_refundable.purchase).stripe_payment_intent_id)) t,
          lateral (select coalesce(sum(r.amount), 0)::bigint as amount
                     from credits.refund_requests r
                     left join credits.stripe_requests q on q.request_id = r.request_id
@@ -151,4 +153,29 @@ begin
        set refund_id = (_note_refund.refund).refund_id
      where r.refund_request_id = (_note_refund.refund).refund_request_id and r.refund_id is null;
   end if;
+end $$;
+
+-- Asked again, it counts again; what other refunds have taken meanwhile is gone.
+create or replace function credits._on_refund_again(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+declare
+  v_request credits.stripe_requests := credits._answered(_on_refund_again.notice);
+  v_refund  credits.refund_requests;
+  v_left    bigint;
+begin
+  perform credits._lock_account(v_request.account_id);
+  select r.* into v_refund from credits.refund_requests r where r.refund_request_id = v_request.ref;
+  select credits._refundable(p) into v_left
+    from credits.purchases p
+   where p.account_id = v_refund.account_id and p.purchase_id = v_refund.purchase_id;
+  if v_refund.refund_id is not null or v_left < v_refund.amount then
+    perform credits._fail(422, 'invalid_amount', jsonb_build_object('amount', v_refund.amount, 'refundable', v_left),
+      'It was made after all, or so much is not left of what was paid.');
+  end if;
+  update credits.refund_requests r
+     set request_id = v_request.request_id
+   where r.refund_request_id = v_refund.refund_request_id;
+  return credits._applied();
 end $$;

@@ -30,7 +30,9 @@ grant execute on function
   credits.set_notification_endpoint, credits.remove_notification_endpoint, credits.list_notification_endpoints,
   credits.claim_notifications, credits.complete_notification, credits.list_notifications, credits.replay_notification,
   credits.retry_notifications, credits.purge_notifications,
+  credits.set_auto_topup, credits.get_auto_topup, credits.remove_auto_topup, credits.run_auto_topups,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
+  credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps,
   credits.health, credits.ready, credits.metrics, credits.refresh_totals, credits.run_audit, credits.get_stripe_event,
   credits.list_settings, credits.set_setting, credits.erase_account, credits.repeat_erasures, credits.import_opening_balances
 to credits_service;

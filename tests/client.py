@@ -265,6 +265,33 @@ class Client:
     def purchase_totals(self, **more: Any) -> list[Any]:
         return self.rows("purchase_totals", **more)
 
+    def set_auto_topup(
+        self,
+        account_id: str | None,
+        threshold: Amount | None,
+        package: str | None,
+        monthly_cap: int | None,
+        **more: Any,
+    ) -> Any:
+        return self.row(
+            "set_auto_topup",
+            account_id=account_id,
+            threshold=threshold,
+            package=package,
+            monthly_cap=monthly_cap,
+            **more,
+        )
+
+    def get_auto_topup(self, account_id: str | None) -> Any:
+        return self.row("get_auto_topup", account_id=account_id)
+
+    def remove_auto_topup(self, account_id: str | None) -> Any:
+        return self.row("remove_auto_topup", account_id=account_id)
+
+    def run_auto_topups(self, **more: Any) -> int:
+        value: int = self.row("run_auto_topups", **more)[0]
+        return value
+
     def refresh_subscription(self, account_id: str | None) -> Any:
         return self.row("refresh_subscription", account_id=account_id)
 
@@ -334,3 +361,12 @@ class Client:
     def purge_notifications(self, **more: Any) -> int:
         value: int = self.row("purge_notifications", **more)[0]
         return value
+
+    def reconcile_stripe(self, **more: Any) -> Any:
+        return self.row("reconcile_stripe", **more)
+
+    def get_reconciliation(self, **more: Any) -> Any:
+        return self.row("get_reconciliation", **more)
+
+    def list_stripe_gaps(self, **more: Any) -> list[Any]:
+        return self.rows("list_stripe_gaps", **more)

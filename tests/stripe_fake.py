@@ -32,8 +32,16 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "checkout/sessions": ("checkout.session", "cs_test", {"status": "open", "payment_status": "unpaid"}),
     "billing_portal/sessions": ("billing_portal.session", "bps", {}),
     "payment_intents": ("payment_intent", "pi", {"status": "requires_confirmation", "client_secret": "pi_secret"}),
+    "invoices": ("invoice", "in", {"status": "draft"}),
+    "charges": ("charge", "ch", {"captured": True}),
     "refunds": ("refund", "re", {"status": "succeeded", "currency": "usd"}),
     "subscriptions": ("subscription", "sub", {"status": "active", "cancel_at_period_end": False}),
+}
+# Cards that are declined, and how. All others pay.
+CARDS: dict[str, dict[str, Any]] = {
+    "pm_declined": {"code": "card_declined", "decline_code": "insufficient_funds"},
+    "pm_never": {"code": "card_declined", "decline_code": "stolen_card", "advice_code": "do_not_try_again"},
+    "pm_authentication": {"code": "authentication_required", "decline_code": "authentication_required"},
 }
 WHOLE = {"amount", "unit_amount", "quantity", "limit", "expires_at", "trial_end", "start_date", "end_date"}
 
@@ -74,6 +82,7 @@ class StripeFake:
     """The server, while the block lasts. Its attributes are looked at and changed by the test at any time."""
 
     latency: Callable[[], float] = lambda: 0.0  # seconds before each effect, during which its key is in use
+    page: int = 100  # objects that a list shows at once at most
     hang: float = 5.0  # seconds of an answer that comes too late
     calls: list[Call] = field(default_factory=list)
     effects: Counter[str] = field(default_factory=Counter)  # how often each idempotency key had its effect
@@ -151,7 +160,7 @@ class StripeFake:
         return status, said, False
 
     def _execute(self, call: Call) -> tuple[int, dict[str, Any]]:
-        found = re.fullmatch(rf"/v1/({'|'.join(KINDS)})(?:/(\w+))?", call.path)
+        found = re.fullmatch(rf"/v1/({'|'.join(KINDS)})(?:/(\w+))?(?:/cancel)?", call.path)
         if wrong := invalid(call.params):
             return error(400, "invalid_request_error", code="parameter_invalid_integer", param=wrong)
         if not found:
@@ -163,8 +172,7 @@ class StripeFake:
         kind, prefix, new = KINDS[found[1]]
         about: str = found[2] or (self._new(kind, prefix, new) if call.method == "POST" else "")
         if not about:
-            listed = [one for one in self.objects.values() if one["object"] == kind]
-            return 200, {"object": "list", "url": call.path, "has_more": False, "data": listed}
+            return 200, self._list(kind, call)
         if about not in self.objects:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]
@@ -172,9 +180,22 @@ class StripeFake:
             known.update({"status": "canceled"} if kind == "subscription" else {"deleted": True})
         elif call.method == "POST":
             known.update(typed(call.params))
-            if kind == "payment_intent" and "confirm" in call.params:
-                known["status"] = "succeeded"
-        return 200, dict(known)
+            if call.path.endswith("/cancel"):
+                known["status"] = "canceled"
+        return confirmed(known) if kind == "payment_intent" and "confirm" in call.params else (200, dict(known))
+
+    def _list(self, kind: str, call: Call) -> dict[str, Any]:
+        """A page of the objects of a kind, the latest first, narrowed by the parameters that are fields of them."""
+        asked = dict(call.params)
+        limit, after = int(asked.pop("limit", 10)), asked.pop("starting_after", None)
+        since = int(asked.pop("created", {}).get("gte", 0))
+        found = [
+            one for one in reversed(self.objects.values())
+            if one["object"] == kind and one["created"] >= since and all(one.get(name) == asked[name] for name in asked)
+        ]  # fmt: skip
+        first = 1 + [one["id"] for one in found].index(after) if after else 0
+        page = found[first : first + min(limit, self.page)]
+        return {"object": "list", "url": call.path, "has_more": first + len(page) < len(found), "data": page}
 
     def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
         about = f"{prefix}_{next(self._numbers)}"
@@ -183,6 +204,15 @@ class StripeFake:
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),
         }  # fmt: skip
         return about
+
+
+def confirmed(intent: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """A payment that is tried with its card."""
+    if refused := CARDS.get(intent.get("payment_method", "")):
+        intent.update(status="requires_payment_method", amount_received=0, last_payment_error=refused)
+        return error(402, "card_error", **refused, payment_intent=dict(intent))
+    intent.update(status="succeeded", amount_received=intent.get("amount", 0))
+    return 200, dict(intent)
 
 
 def error(status: int, kind: str, **more: Any) -> tuple[int, dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import stripe
@@ -44,7 +45,7 @@ def addresses() -> list[tuple[str, re.Pattern[str], str, str]]:
 def wrong(kind: Any, value: Any, where: str) -> list[str]:
     """What is wrong with a value that should be of a kind."""
     origin, arms = get_origin(kind), get_args(kind)
-    if origin is Union:
+    if origin in {Union, UnionType}:
         found = [wrong(arm, value, where) for arm in arms if "UntypedStripeObject" not in str(arm)]
         return min(found, key=lambda one: (len(one), one[:1] == [f"{where} is no word of its list"]))
     if is_typeddict(kind):

@@ -55,6 +55,8 @@ RESOURCES = {
     "subscription_schedule": "subscription_schedules",
 }  # fmt: skip
 
+LISTS = {"/v1/checkout/sessions": "checkout.session", "/v1/invoices": "invoice", "/v1/refunds": "refund"}
+
 GOSSIP = {  # what a quiet world does not tell: it repeats other events, or SQL can ask
     "customer.created", "invoice.created", "invoice.finalized", "invoice.payment_succeeded",
     "payment_intent.succeeded", "payment_intent.processing", "payment_intent.payment_failed",
@@ -100,6 +102,11 @@ def difference(before: Any, after: Any) -> Any:
         return before
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return {name: difference(before.get(name), after.get(name)) for name in names}
+
+
+def listed(one: Json, params: Json) -> bool:
+    """Whether an object is in a list that is narrowed by its status and the second in which it was made."""
+    return one.get("status") == params.get("status", one.get("status")) and one["created"] >= params["created"]["gte"]
 
 
 class Objects:
@@ -261,6 +268,11 @@ class Objects:
             intent = params["payment"]["payment_intent"]
             found = [one for one in known if one and one["payment"]["payment_intent"] == intent]
             return 200, self.page_of(found, path, params)
+        if kind := LISTS.get(path):
+            found = [
+                one for name in reversed(self.versions) if (one := self.current(name, at)) and one["object"] == kind
+            ]
+            return 200, self.page_of([one for one in found if listed(one, params)], path, params)
         *_, parent, last = path.split("/")
         if last == "lines" and self.current(parent, at):
             return 200, self.lines(parent, params)

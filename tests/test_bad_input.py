@@ -120,6 +120,15 @@ GOOD: dict[str, dict[str, Any]] = {
     "list_purchases": {"account_id": "alpha", "max_rows": 5},
     "purchase_totals": {"group_by": "package"},
     "refresh_subscription": {"account_id": "gamma"},
+    "set_auto_topup": {
+        "account_id": "delta", "threshold": 5, "package": "starter", "monthly_cap": 5000, "daily_cap": 2000,
+    },
+    "get_auto_topup": {"account_id": "delta"},
+    "remove_auto_topup": {"account_id": "delta"},
+    "run_auto_topups": {"max_accounts": 5},
+    "reconcile_stripe": {"since": NOON - DAY},
+    "get_reconciliation": {"run_id": 0},
+    "list_stripe_gaps": {"run_id": 0, "max_rows": 5},
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
@@ -248,6 +257,10 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("set_stripe_endpoint", "mode"): {INVALID: [None, "", "LIVE", "test", LONG]},
     ("claim_stripe_requests", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("complete_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
+    ("reconcile_stripe", "since"): {INVALID: [NOON + DAY, "infinity", "-infinity", "1969-12-31"]},
+    ("get_reconciliation", "run_id"): {(404, "reconciliation_not_found"): [-1, 2**63 - 1]},
+    ("list_stripe_gaps", "run_id"): {(404, "reconciliation_not_found"): [-1, 2**63 - 1]},
+    ("list_stripe_gaps", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("retry_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
     ("change_plan", "plan"): {(404, "plan_not_found"): [None, "", "platinum", LONG]},
     ("change_plan", "at"): {INVALID: [None, "", "later", "NOW", LONG]},
@@ -283,6 +296,12 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("create_checkout", "cancel_url"): {**ADDRESS, INVALID: ADDRESS[INVALID][1:]},
     ("create_portal_session", "return_url"): ADDRESS,
     ("get_checkout", "key"): {INVALID: KEY[INVALID], (404, "checkout_not_found"): ["unknown", "Checkout"]},
+    ("set_auto_topup", "threshold"): AMOUNT,
+    ("set_auto_topup", "package"): {(404, "package_not_found"): [None, "", "unknown", "Starter", LONG]},
+    ("set_auto_topup", "monthly_cap"): {INVALID: [None, 0, -1, 999]},
+    ("set_auto_topup", "daily_cap"): {INVALID: [0, -1, 999]},
+    ("set_auto_topup", "cool_down"): {INVALID: [timedelta(0), -DAY, timedelta(seconds=59), 31 * DAY]},
+    ("run_auto_topups", "max_accounts"): {INVALID: [None, 0, -1, 10_001, 2**31 - 1]},
     ("request_refund", "purchase_id"): {(404, "purchase_not_found"): [None, 0, -1, 2**63 - 1]},
     ("request_refund", "amount"): {NO_AMOUNT: [0, -1, 1001, 2**63 - 1]},
     ("list_purchases", "account_id"): {
@@ -330,6 +349,8 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("complete_stripe_request", "request_id"): NOT_A_NUMBER,
     ("complete_stripe_request", "attempt"): NOT_A_NUMBER,
     ("retry_stripe_request", "request_id"): NOT_A_NUMBER,
+    ("reconcile_stripe", "since"): NOT_A_TIME,
+    ("list_stripe_gaps", "run_id"): NOT_A_NUMBER,
     ("complete_stripe_request", "status"): NOT_A_NUMBER,
     ("complete_stripe_request", "headers"): NOT_A_NUMBER,
     ("add_subscription_credits", "credits"): NOT_A_NUMBER,
@@ -344,6 +365,11 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("erase_account", "release_holds"): NOT_A_NUMBER,
     ("import_opening_balances", "balances"): NOT_A_NUMBER,
     ("import_opening_balances", "dry_run"): NOT_A_NUMBER,
+    ("set_auto_topup", "threshold"): NOT_A_NUMBER,
+    ("set_auto_topup", "monthly_cap"): NOT_A_NUMBER,
+    ("set_auto_topup", "daily_cap"): NOT_A_NUMBER,
+    ("set_auto_topup", "cool_down"): NOT_A_TIME,
+    ("run_auto_topups", "max_accounts"): NOT_A_NUMBER,
     ("create_checkout", "quantity"): NOT_A_NUMBER,
     ("set_low_balance_alert", "threshold"): NOT_A_NUMBER,
     ("complete_notification", "status"): NOT_A_NUMBER,
@@ -382,6 +408,11 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.tell("customer.subscription.created", lives)
     ledger.create_checkout("alpha", package="pro", success_url="http://localhost", key="checkout")
     ledger.claim_notifications(1)
+    ledger.open("delta", 100)
+    card = {"default_payment_method": "pm_4"}
+    named = {"id": "cus_4", "object": "customer", "metadata": {"account_id": "delta"}, "invoice_settings": card}
+    ledger.tell("customer.created", named)
+    ledger.reconcile_stripe()
     return ledger
 
 
@@ -392,6 +423,8 @@ def good(ledger: Ledger, verb: str) -> dict[str, Any]:
         arguments["grant_id"] = ledger.table("grants", "account_id = 'alpha'")[0].grant_id
     elif verb == "request_refund":
         arguments["purchase_id"] = ledger.table("purchases", "status = 'completed'")[0].purchase_id
+    elif "run_id" in arguments:
+        arguments["run_id"] = ledger.get_reconciliation().run_id
     elif verb == "complete_stripe_request":
         arguments["request_id"] = ledger.table("stripe_requests")[0].request_id
     elif verb == "replay_notification":
@@ -474,10 +507,12 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
         "worker", "stripe_version", "attempt", "not_sent",
         "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled", "release_holds",
+        "repair", "after",
     }  # fmt: skip
     known = {(row.verb, row.argument) for row in rows if row.argument not in free}
     known |= {(verb, "capability") for verb in USES}
     known -= {("check_access", "quality"), ("check_access", "model")}  # a gate, not an error
+    known |= {("reconcile_stripe", "since")}
     known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
     known |= {("set_notification_endpoint", "kinds"), ("retry_notifications", "target")}  # likewise
     known -= {

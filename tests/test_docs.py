@@ -13,13 +13,17 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 STRIPE = (ROOT / "docs/stripe.md").read_text()
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "sql").glob("*.sql"))}
+WITH_A_CARD = """{"id": "evt_0", "type": "customer.created", "created": 1893456000, "data": {"object": {
+  "id": "cus_1", "object": "customer", "metadata": {"account_id": "user_1"},
+  "invoice_settings": {"default_payment_method": "pm_1"}}}}"""
 TABLES = runpy.run_path(str(ROOT / "docs/tables.py"))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md", "docs/access.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/subscriptions.md", "docs/access.md", "docs/auto-topup.md"])
 def test_the_statements_of_the_manual_answer_what_it_prints(page: str, client: Client, conn: Connection[Any]) -> None:
     client.open_account(account_id="user_1")
     conn.execute("select credits.load_demo_catalog()")
+    client.receive_stripe_event("default", WITH_A_CARD)
     statements = re.findall(r"^(select .*;)\s+-- (.*)$", (ROOT / page).read_text(), re.MULTILINE)
     assert len(statements) >= 5
     for statement, expected in statements:

@@ -49,11 +49,25 @@ def busy(ledger: Ledger) -> None:
     ledger.receive_stripe_event("default", refund("evt_4", "failed"))
     ledger.receive_stripe_event("default", told("evt_5", "customer.subscription.created", SUBSCRIPTION))
     ledger.receive_stripe_event("default", told("evt_6", "invoice.paid", INVOICE))
+    top_up(ledger)
     ledger.open_account("di", plan="free")
     for number in range(3):
         ledger.authorize_usage("di", "outline", usage_id=f"u{number}")
     ledger.settle_usage("di", "u1")
     ledger.release("di", "u2")
+
+
+def top_up(ledger: Ledger) -> None:
+    """An account buys by its rule and is credited."""
+    ledger.open("ed", 10)
+    card = {"default_payment_method": "pm_1"}
+    named = {"id": "cus_ed", "object": "customer", "metadata": {"account_id": "ed"}, "invoice_settings": card}
+    ledger.receive_stripe_event("default", told("evt_7", "customer.created", named))
+    ledger.set_auto_topup("ed", 20, "starter", 1000)
+    (asked,) = ledger.table("stripe_requests", "purpose = 'top_up'")
+    paid = {"id": "pi_ed", "object": "payment_intent", "status": "succeeded", "amount_received": 1000}
+    about = {**paid, "currency": "usd", "customer": "cus_ed", "metadata": asked.params["metadata"]}
+    ledger.receive_stripe_event("default", told("evt_8", "payment_intent.succeeded", about))
 
 
 def bought(event_id: str, account_id: str) -> str:
@@ -164,7 +178,7 @@ def test_the_trial_balance_sums_to_zero_over_every_account_of_the_chart(ledger: 
     assert sum(row.balance for row in rows) == 0
     books = {row.account: row.balance for row in rows}
     assert set(books) == {side for kind in ledger.table("entry_kinds") for side in (kind.debit, kind.credit)}
-    balances = [ledger.get_balance(account_id) for account_id in ("alpha", "beta", "cy", "di")]
+    balances = [ledger.get_balance(account_id) for account_id in ("alpha", "beta", "cy", "di", "ed")]
     assert -books["customer_credits"] == sum((row.balance for row in balances), Decimal(0))
     assert books["customer_debt"] == sum((row.debt for row in balances), Decimal(0))
 
@@ -200,6 +214,10 @@ TWO_PLANS = """
 REFUNDED = (
     """update credits.stripe_objects set snapshot = snapshot || '{"status": "succeeded"}' where kind = 'refund'"""
 )
+TWO_TOP_UPS = """
+  drop index credits.top_ups_one_open;
+  insert into credits.top_ups (account_id, top_up_id, purchase_id, available, customer_id, payment_method, created_at)
+  select 'alpha', n, n, 0, 'cus_1', 'pm_1', now() from generate_series(1, 2) n"""
 KEY_TWICE = """
   alter table credits.entries drop constraint entries_one_per_key;
   update credits.entries set key = 'm1' where account_id = 'alpha' and key = 'm2'"""
@@ -265,6 +283,10 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("subscriptions_are_as_mirrored", "update credits.subscriptions set status = 'past_due' where source = 'stripe'"),
     ("subscriptions_are_as_mirrored", "delete from credits.stripe_objects where kind = 'subscription'"),
     ("one_plan_of_our_own", TWO_PLANS),
+    ("one_open_top_up", TWO_TOP_UPS),
+    ("top_ups_have_their_grant", "update credits.top_ups set state = 'failed'"),
+    ("top_ups_have_their_grant", "update credits.top_ups set payment_intent_id = 'pi_other'"),
+    ("top_ups_are_armed", "update credits.balances set topup_below = null where account_id = 'ed'"),
     ("clawbacks_reach_their_target", "update credits.clawbacks set firm = 1, target = 1"),
     ("clawbacks_reach_their_target", "update credits.clawbacks set taken = 1"),
     ("clawbacks_reach_their_target", "update credits.clawbacks set owed = 1"),

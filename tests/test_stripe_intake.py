@@ -862,7 +862,7 @@ def test_an_event_without_an_object_is_kept_and_changes_nothing(ledger: Ledger) 
 
 
 def test_every_family_of_events_is_provoked_here(ledger: Ledger) -> None:
-    answers = r"event_type ~ '^(object|answer|failed)\.' or event_type = 'v2.core.event'"
+    answers = r"event_type ~ '^(object|answer|failed|again)\.' or event_type = 'v2.core.event'"
     rows = ledger.table("stripe_handlers", f"not ({answers})")
     assert {row.handler for row in rows} == {row.handler for row in rows if row.event_type in KINDS}
 

@@ -1,0 +1,146 @@
+-- What it means that an object of Stripe has not arrived here: computed from the object and what is known, whenever somebody looks.
+
+-- What of an object has not arrived here, or differs. The sessions listed are complete; a subscription's session only binds.
+create or replace function credits._gap_in(
+  kind   text,
+  object jsonb
+)
+returns text
+language plpgsql
+stable
+as $$
+declare
+  v_session credits.session_shape;
+  v_invoice credits.invoice_shape;
+  v_refund  credits.refund_shape;
+begin
+  if _gap_in.kind = 'checkout.session' then
+    v_session := credits._shape_session(_gap_in.object);
+    return case when v_session.mode = 'subscription'
+                then case when credits._bound_account(credits._shape_owner(_gap_in.object)) is null then 'binding_missing' end
+                when v_session.mode is distinct from 'payment'
+                     or v_session.payment_status in ('paid', 'no_payment_required') is not true then null
+                when not credits._is_fact('checkout_session', v_session.session_id) then 'purchase_missing'
+                when not exists (select from credits.purchases p
+                                  where p.stripe_session_id = v_session.session_id and p.grant_id is not null
+                                    and p.amount = v_session.amount_total and p.currency = v_session.currency)
+                then 'purchase_differs' end;
+  elsif _gap_in.kind = 'invoice' then
+    v_invoice := credits._shape_invoice(_gap_in.object);
+    return case when v_invoice.paid and v_invoice.subscription_id is not null
+                     and not credits._is_fact('invoice', v_invoice.invoice_id) then 'grant_missing' end;
+  end if;
+  v_refund := credits._shape_refund(_gap_in.object);
+  return case when not exists (select from credits.stripe_objects o, credits._shape_refund(o.snapshot) s
+                                where o.kind = 'refund' and o.object_id = v_refund.refund_id
+                                  and s.status = v_refund.status and s.amount = v_refund.amount) then 'refund_missing' end;
+end $$;
+
+create or replace function credits._is_fact(
+  kind text,
+  ref  text
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (select from credits.stripe_facts f where f.kind = _is_fact.kind and f.ref = _is_fact.ref)
+$$;
+
+-- The account as handlers would find it, but binding nothing.
+create or replace function credits._account_in(
+  kind   text,
+  object jsonb
+)
+returns text
+language plpgsql
+stable
+as $$
+declare
+  v_owner  credits.owner_shape := credits._shape_owner(_account_in.object);
+  v_refund credits.refund_shape;
+begin
+  if _account_in.kind = 'refund' then
+    v_refund := credits._shape_refund(_account_in.object);
+    return (select p.account_id
+              from credits.stripe_payments p
+             where p.payment_id in (v_refund.payment_intent_id, v_refund.charge_id) and p.source_kind is not null
+             order by p.payment_id <> v_refund.payment_intent_id
+             limit 1);
+  end if;
+  return coalesce(credits._bound_account(v_owner), (
+    select a.account_id
+      from unnest(array[v_owner.account_id, v_owner.client_reference_id,
+                        (credits._shape_owner(credits._snapshot('customer', v_owner.customer_id))).account_id])
+             with ordinality n (account_id, place)
+      join credits.accounts a on a.account_id = n.account_id
+     order by n.place
+     limit 1));
+end $$;
+
+-- Nothing says that it is ours: several products may share one account at Stripe.
+create or replace function credits._is_foreign(
+  kind   text,
+  object jsonb
+)
+returns boolean
+language sql
+stable
+as $$
+  select credits._account_in(_is_foreign.kind, _is_foreign.object) is null
+         and (_is_foreign.kind = 'refund' or (credits._shape_owner(_is_foreign.object)).account_id is null
+                                             and (credits._shape_session(_is_foreign.object)).package is null)
+$$;
+
+-- What no endpoint would apply, a repair does not apply either: another handler may be at work.
+create or replace function credits._turned_away(object jsonb)
+returns text
+language sql
+stable
+as $$
+  select case when count(*) = 0                                then null
+              when count(*) filter (where e.mode = 'live') = 0 then 'shadow'
+              when bool_and(coalesce(e.livemode <> credits._flag(_turned_away.object -> 'livemode'), false))
+                     filter (where e.mode = 'live')            then 'livemode_mismatch' end
+    from credits.stripe_endpoints e
+$$;
+
+-- How the gaps of a run stand now.
+create or replace function credits._gaps(run_id bigint)
+returns setof credits.stripe_gap_result
+language sql
+stable
+as $$
+  select g.run_id, g.kind, g.object_id, g.gap, s.state,
+         case when s.state = 'failed' then coalesce(r.error_code, r.error_type)
+              when s.state = 'open' then coalesce(credits._turned_away(g.object),
+                                                  case when x.account_id is null then 'account_unknown' end) end,
+         x.account_id, coalesce(credits._whole(g.object -> 'amount_total'), credits._whole(g.object -> 'amount_paid'),
+                                credits._whole(g.object -> 'amount')),
+         lower(g.object ->> 'currency'), g.request_id, credits._moment(g.object -> 'created'), g.found_at
+    from credits.stripe_gaps g
+    left join credits.stripe_requests r on r.request_id = g.request_id,
+         lateral (select credits._account_in(g.kind, g.object), credits._gap_in(g.kind, g.object) is null) x (account_id, closed),
+         lateral (select case when credits._is_foreign(g.kind, g.object)                     then 'foreign'
+                              when x.closed and g.request_id is not null                     then 'repaired'
+                              when x.closed                                                  then 'arrived'
+                              when r.state in ('queued', 'sent')                             then 'repairing'
+                              when g.request_id is not null                                  then 'failed'
+                              else                                                                'open' end) s (state)
+   where g.run_id = _gaps.run_id
+$$;
+
+create or replace function credits._reconciliation(run credits.stripe_reconciliations)
+returns credits.reconciliation_result
+language sql
+stable
+as $$
+  select row(r.run_id, r.state, r.since, r.repair, r.checked, g.found, g.mended, g.mending, g.remaining, g.others, r.error,
+             r.started_at, r.finished_at)::credits.reconciliation_result
+    from (select (_reconciliation.run).*) r,
+         lateral (select count(*) as found, count(*) filter (where g.state in ('repaired', 'arrived')) as mended,
+                         count(*) filter (where g.state = 'repairing') as mending,
+                         count(*) filter (where g.state in ('open', 'failed')) as remaining,
+                         count(*) filter (where g.state = 'foreign') as others
+                    from credits._gaps(r.run_id) g) g
+$$;
