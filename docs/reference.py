@@ -40,7 +40,8 @@ def reference(conn: Connection[Any]) -> str:
         "## Functions",
     ]
     for name, arguments, result, comment, columns in conn.execute(_FUNCTIONS):
-        lines += ["", f"### {name}", "", "```", f"{name}({arguments})", f"returns {result}"]
+        lines += ["", f"### {name}", "", "```", f"{name}({arguments})"]
+        lines += [f"returns {result}"] if result else ["a procedure"]
         lines += [f"  ({columns})"] if columns else []
         lines += ["```", "", comment]
     lines += ["", "## Tables and views", "", "Granted to nobody, but for the view `trial_balance`. For reading along."]

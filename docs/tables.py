@@ -13,9 +13,9 @@ from psycopg import Connection
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "README.md", "docs/concepts.md", "docs/notifications.md", "docs/operations.md", "docs/stripe.md",
-    "docs/subscriptions.md",
-)  # fmt: skip
+    "README.md",
+    *(f"docs/{name}.md" for name in ("concepts", "jobs", "notifications", "operations", "stripe", "subscriptions")),
+)
 BLOCK = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 UNASKED = r"^((object|answer|failed|again)\.|v2\.core\.event$)"  # answers to our own requests, and thin events
 
@@ -101,6 +101,15 @@ def events(conn: Connection[Any]) -> str:
     return _table(("family", "types", "what it does"), rows)
 
 
+def jobs(conn: Connection[Any]) -> str:
+    """The jobs as they come."""
+    rows = conn.execute(
+        "select format('`%s`', j.name), format('`%s`', j.schedule), coalesce(j.batch_size::text, ''), j.summary"
+        "  from credits.jobs j order by j.name"
+    )
+    return _table(("job", "when", "batch", "does"), rows)
+
+
 def _table(heads: tuple[str, ...], rows: Any) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -109,6 +118,7 @@ def _table(heads: tuple[str, ...], rows: Any) -> str:
 BLOCKS = {
     "diagram": diagram, "states": states, "moves": moves, "kinds": kinds, "notifications": notifications,
     "settings": settings, "events": events,
+    "jobs": jobs,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from pgcredits import notifier, observe, webhook, worker
+from pgcredits import notifier, observe, ticker, webhook, worker
 from pgcredits.db import Database
 from pgcredits.settings import Settings
 from pgcredits.webhook import Refused, not_now
@@ -29,7 +29,11 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await database.open()
         try:
-            async with worker.running(database, settings), notifier.running(database, settings):
+            async with (
+                worker.running(database, settings),
+                notifier.running(database, settings),
+                ticker.running(database, settings),
+            ):
                 yield
         finally:
             await database.close()

@@ -24,9 +24,9 @@ Key = str | int
 _SECTIONS = ("capabilities", "quality_levels", "models", "packages", "plans", "rates")
 _KEYS = (  # the order in which a person reads them
     "capability", "quality", "model", "valid_from", "name", "description", "unit", "calls", "units", "credits", "price",
-    "per", "rolling", "currency", "discount_percent", "popular", "monthly_credits", "trial_credits", "rollover",
-    "rollover_cap", "seats", "is_default", "display_order", "active", "stripe_product_id", "stripe_price_id",
-    "stripe_price_ids", "qualities", "limits", "capabilities",
+    "amount", "per", "rolling", "currency", "interval", "discount_percent", "popular", "monthly_credits",
+    "trial_credits", "prices", "rollover", "rollover_cap", "seats", "is_default", "display_order", "active",
+    "stripe_product_id", "stripe_price_id", "stripe_price_ids", "qualities", "limits", "capabilities",
 )  # fmt: skip
 _TAG = "tag:yaml.org,2002:"
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?")
@@ -154,14 +154,15 @@ def apply(conn: Connection[Any], document: Document, *, dry_run: bool) -> list[s
 def _difference(change: str, path: str, before: Any, after: Any) -> str:
     head = f"{change:<11}  {path}"
     if change == "changed":
-        return f"{head}: {_short(before)} -> {_short(after)}"
+        return f"{head}: {short(before)} -> {short(after)}"
     value = after if change == "added" else before
     if change == "deactivated" or (isinstance(value, dict) and not path.startswith("rates.")):
         return head
-    return f"{head}: {_short(value)}"
+    return f"{head}: {short(value)}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value in one line, as YAML."""
     text = _dumped(value, default_flow_style=True, width=sys.maxsize)
     return text.removesuffix("...\n").strip()
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import secrets
 import socket
@@ -22,9 +23,22 @@ import uvicorn
 from psycopg.types.json import Jsonb
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from pgcredits import __version__, balances, catalog, db, demo, migrate, notifier, observe, status, worker
+from pgcredits import (
+    __version__,
+    balances,
+    catalog,
+    db,
+    demo,
+    migrate,
+    notifier,
+    observe,
+    status,
+    stripe_catalog,
+    ticker,
+    worker,
+)
 from pgcredits.app import create_app
 from pgcredits.settings import Settings, SettingsError
 
@@ -44,8 +58,13 @@ settings_cli = typer.Typer(help="Settings of the database: docs/operations.md.",
 cli.add_typer(settings_cli, name="settings")
 notify_cli = typer.Typer(help="Notifications: docs/notifications.md.", no_args_is_help=True)
 cli.add_typer(notify_cli, name="notify")
+jobs_cli = typer.Typer(help="What runs by itself: docs/jobs.md.", no_args_is_help=True)
+cli.add_typer(jobs_cli, name="jobs")
 console = Console()
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
+CronDsn = Annotated[
+    str, typer.Option("--cron-dsn", help="Where pg_cron lives, if in another database. Default: PGCREDITS_CRON_DSN.")
+]
 CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - is standard input.")]
 
 
@@ -107,7 +126,7 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
-    """Serve the door: Stripe's webhooks, the health checks, and, with STRIPE_SECRET_KEY, requests to Stripe."""
+    """Serve the door: Stripe's webhooks, health checks, jobs, and, with STRIPE_SECRET_KEY, requests to Stripe."""
     settings = Settings.from_environment()
     observe.configure_logging(settings)
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:
@@ -335,12 +354,58 @@ def stripe_work(
     dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
 ) -> None:
     """Send to Stripe what SQL asks of it, and bring the answers back. Several may run, beside the door or not."""
-    settings = Settings.from_environment()
+    settings = _with_stripe_key()
     observe.configure_logging(settings)
-    if not settings.stripe_key:
-        raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
     with _database(dsn, settings) as target:
         asyncio.run(worker.work(replace(settings, dsn=target), once=once))
+
+
+@stripe_cli.command("publish")
+def stripe_publish(
+    dsn: Dsn = "",
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change, and change nothing.")] = False,
+) -> None:
+    """Make Stripe's products and prices what the catalogue says. Exit code 1 if anything failed or differs still."""
+    if dry_run:
+        with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+            _show_differences(db.call(conn, "publish_catalog", dry_run=True))
+        return
+    left = _run_catalog(dsn, "publish_catalog", _show_differences)
+    if any(row["change"] for row in left):
+        print("Still different:")
+        _show_differences(left)
+        raise typer.Exit(1)
+
+
+@stripe_cli.command("sync")
+def stripe_sync(dsn: Dsn = "") -> None:
+    """Read all products and prices of Stripe, and print where they differ. Exit code 1 if it failed."""
+    _show_differences(_run_catalog(dsn, "sync_catalog", lambda _: None))
+
+
+def _run_catalog(dsn: str, function: str, show: Callable[[list[db.Row]], None]) -> list[db.Row]:
+    settings = _with_stripe_key()
+    logging.getLogger(worker.log.name).setLevel(logging.ERROR)  # what failed is told at the end
+    with _database(dsn, settings) as target:
+        progress, left = asyncio.run(stripe_catalog.run(replace(settings, dsn=target), function, show))
+    for error in progress["errors"]:
+        print(f"pgcredits: {stripe_catalog.complaint(error)}", file=sys.stderr)
+    if progress["errors"]:
+        raise typer.Exit(1)
+    print(f"Asked Stripe {progress['done']} times.")
+    return left
+
+
+def _show_differences(differences: list[db.Row]) -> None:
+    print("\n".join(stripe_catalog.line(row) for row in differences) or "No difference.", flush=True)
+
+
+def _with_stripe_key() -> Settings:
+    settings = Settings.from_environment()
+    if not settings.stripe_key:
+        raise SettingsError("set STRIPE_SECRET_KEY to the key of Stripe's API")
+    return settings
 
 
 @notify_cli.command("work")
@@ -447,6 +512,81 @@ def _moment(text: str) -> datetime | None:
         return datetime.fromisoformat(text).astimezone() if text else None
     except ValueError:
         raise SettingsError(f"--since is 7d, 12h, or a moment such as 2026-11-21T08:00Z, not {text!r}") from None
+
+
+@jobs_cli.command("list")
+def jobs_list(dsn: Dsn = "") -> None:
+    """Show the jobs: how each stands, when it runs next, and what went wrong. All times are UTC."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        rows = db.call(conn, "list_jobs")
+    columns = ("name", "state", "schedule", "next_run_at", "last_success_at", "failures", "last_error")
+    table = Table(Column(columns[0], no_wrap=True), *columns[1:])
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    console.print(table)
+
+
+@jobs_cli.command("run")
+def jobs_run(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Default: all that are due.")] = "", dsn: Dsn = ""
+) -> None:
+    """Run a job to its end, due or not, or all that are due. Each batch is committed. Exit code 1 if one fails."""
+    failed = False
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target, autocommit=True) as conn:
+        for row in _run_to_end(conn, name) if name else _run_due(conn):
+            print(f"{row['name']}: {row['outcome']}, {row['rows_done']} {row['error'] or ''}".rstrip(), flush=True)
+            failed |= row["outcome"] == "failed"
+    if failed:
+        raise typer.Exit(1)
+
+
+@jobs_cli.command("schedule")
+def jobs_schedule(dsn: Dsn = "", cron_dsn: CronDsn = "") -> None:
+    """Have pg_cron do the jobs. Its entries run as the login that makes them. Safe to repeat."""
+    for entry in _carry_to_cron(dsn, cron_dsn, remove=False):
+        print(f"Scheduled: {entry}")
+
+
+@jobs_cli.command("unschedule")
+def jobs_unschedule(dsn: Dsn = "", cron_dsn: CronDsn = "") -> None:
+    """Take our entries out of pg_cron. `pgcredits serve` does the jobs from then on."""
+    _carry_to_cron(dsn, cron_dsn, remove=True)
+    print("pg_cron has no entries of this database any more.")
+
+
+def _carry_to_cron(dsn: str, cron_dsn: str, *, remove: bool) -> list[str]:
+    settings = Settings.from_environment()
+    elsewhere = cron_dsn or settings.cron_dsn
+    with _database(dsn, settings) as target:
+        with psycopg.connect(target) as conn:
+            rows = db.call(conn, "cron_statements", remove=remove, elsewhere=bool(elsewhere))
+        with psycopg.connect(elsewhere or target) as cron:
+            for row in rows:
+                cron.execute(row["statement"].encode())
+    return [row["entry"] for row in rows if row["entry"]]
+
+
+def _run_to_end(conn: psycopg.Connection[Any], name: str) -> Iterator[db.Row]:
+    more = True
+    while more:
+        (row,) = db.call(conn, "run_job", name=name, runner=ticker.runner())
+        more = row["more"]
+        yield row
+
+
+def _run_due(conn: psycopg.Connection[Any]) -> Iterator[db.Row]:
+    while claimed := db.call(conn, "claim_job", runner=ticker.runner()):
+        yield from db.call(conn, "run_job", name=claimed[0]["name"], run_id=claimed[0]["run_id"])
+
+
+def _cell(value: object) -> str:
+    return (
+        f"{value.astimezone(UTC):%Y-%m-%d %H:%M}"
+        if isinstance(value, datetime)
+        else ""
+        if value is None
+        else str(value)
+    )
 
 
 def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:

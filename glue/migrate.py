@@ -29,6 +29,7 @@ _CHECK = (_PACKAGE / "check.sql").read_text()
 _NOTIFY = "notify pgrst, 'reload schema';"
 _AS_OWNER = "set local role credits_owner;"
 _AS_OURSELVES = "reset role;"
+_BODY = re.compile(r"(\$\w*\$).*?\1", re.DOTALL)  # of a routine: a procedure may commit when it is called
 _ENDS_TRANSACTION = re.compile(
     r"^\s*(begin|commit|rollback|abort)(\s+(work|transaction))?\s*;", re.IGNORECASE | re.MULTILINE
 )
@@ -181,7 +182,7 @@ def _applied(conn: Connection[TupleRow], known: list[Migration]) -> set[str]:
 
 def _read(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
-    if found := _ENDS_TRANSACTION.search(text):
+    if found := _ENDS_TRANSACTION.search(_BODY.sub(lambda body: re.sub(r"[^\n]", "", body[0]), text)):
         line = text.count("\n", 0, found.start(1)) + 1
         raise DeployError(
             f"{path.name}, line {line}: '{found.group(1)}' would break up the one transaction of a deploy"

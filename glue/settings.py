@@ -33,6 +33,8 @@ class Settings:
     notify_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     smtp_url: str = field(default="", repr=False)  # it may hold a password
     mail_from: str = ""
+    jobs: bool = False
+    cron_dsn: str = field(default="", repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -55,6 +57,8 @@ class Settings:
             notify_secrets=_secrets(environment, "PGCREDITS_NOTIFY_SECRET"),
             smtp_url=_smtp(environment, "PGCREDITS_SMTP_URL", "PGCREDITS_MAIL_FROM"),
             mail_from=environment.get("PGCREDITS_MAIL_FROM", cls.mail_from),
+            jobs=_switch(environment, "PGCREDITS_JOBS", default=True),
+            cron_dsn=environment.get("PGCREDITS_CRON_DSN", cls.cron_dsn),
         )
 
     def secrets_of(self, endpoint: str) -> tuple[str, ...]:
@@ -98,6 +102,13 @@ def _word(environment: Mapping[str, str], name: str, words: tuple[str, ...]) -> 
     if text not in words:
         raise SettingsError(f"{name} must be {' or '.join(words)}, not {text!r}")
     return text
+
+
+def _switch(environment: Mapping[str, str], name: str, *, default: bool) -> bool:
+    text = environment.get(name) or ("off", "on")[default]
+    if text not in {"on", "off"}:
+        raise SettingsError(f"{name} must be on or off, not {text!r}")
+    return text == "on"
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int, most: int) -> int:

@@ -151,7 +151,7 @@ begin
   elsif v_next is not null then
     perform credits._request_page(v_run, v_next);
   else
-    perform credits._end_run(v_run.run_id, null);
+    perform credits._end_reconciliation(v_run.run_id, null);
   end if;
   return credits._applied();
 end $$;
@@ -163,12 +163,12 @@ as $$
 declare
   v_request credits.stripe_requests := credits._answered(_on_failed_page.notice);
 begin
-  perform credits._end_run(split_part(v_request.ref, ':', 1)::bigint,
+  perform credits._end_reconciliation(split_part(v_request.ref, ':', 1)::bigint,
                            concat_ws(' ', v_request.path, v_request.http_status, v_request.error_type, v_request.error_code));
   return credits._applied();
 end $$;
 
-create or replace function credits._end_run(
+create or replace function credits._end_reconciliation(
   run_id bigint,
   error  text
 )
@@ -179,13 +179,13 @@ declare
   v_result credits.reconciliation_result;
 begin
   update credits.stripe_reconciliations r
-     set state = case when _end_run.error is null then 'done' else 'failed' end, error = _end_run.error,
+     set state = case when _end_reconciliation.error is null then 'done' else 'failed' end, error = _end_reconciliation.error,
          finished_at = credits.now()
-   where r.run_id = _end_run.run_id and r.state = 'running';
-  v_result := credits.get_reconciliation(_end_run.run_id);
-  perform credits._notify(null, 'stripe_gaps_found', _end_run.run_id::text, to_jsonb(v_result))
+   where r.run_id = _end_reconciliation.run_id and r.state = 'running';
+  v_result := credits.get_reconciliation(_end_reconciliation.run_id);
+  perform credits._notify(null, 'stripe_gaps_found', _end_reconciliation.run_id::text, to_jsonb(v_result))
     where v_result.remaining + v_result.repairing > 0;
-  perform credits._notify(null, 'reconciliation_failed', _end_run.run_id::text, to_jsonb(v_result))
+  perform credits._notify(null, 'reconciliation_failed', _end_reconciliation.run_id::text, to_jsonb(v_result))
     where v_result.state = 'failed';
 end $$;
 

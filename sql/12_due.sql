@@ -81,10 +81,11 @@ create or replace function credits._next_due_at(
   after      timestamptz
 )
 returns timestamptz
-language sql
+language plpgsql
 stable
 as $$
-  select least(
+begin
+  return least(
     coalesce((select min(case when g.status = 'pending' then g.effective_at else g.expires_at end)
                 from credits.grants g
                where g.account_id = _next_due_at.account_id and g.status in ('pending', 'active')), 'infinity'),
@@ -95,8 +96,8 @@ as $$
                        where t.account_id = _next_due_at.account_id and t.expires_at > _next_due_at.after
                        order by t.expires_at
                        limit 100) r), 'infinity'),
-    coalesce(credits._next_turn(_next_due_at.account_id), 'infinity'))
-$$;
+    coalesce(credits._next_turn(_next_due_at.account_id), 'infinity'));
+end $$;
 
 -- What each lot would hold if everything due were booked at that moment. Debt is paid, in the order of time, by what
 -- became free; a lot whose time is over loses the rest.

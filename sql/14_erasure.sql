@@ -139,6 +139,14 @@ comment on function credits.repeat_erasures() is
 
 Stripe tells of refunds, disputes and the end of a customer long after. Meant for a job every week.';
 
+-- The job repeat_erasures.
+create or replace function credits._repeat_erasures(max_rows integer)
+returns bigint
+language sql
+as $$
+  select credits.repeat_erasures()
+$$;
+
 -- Helpers -----------------------------------------------------------------------------------------------------------
 
 create or replace function credits._in_use(account_id text)

@@ -13,6 +13,7 @@ begin
   return query select m.* from credits._event_metrics(credits.now()) m;
   return query select m.* from credits._request_metrics(credits.now()) m;
   return query select m.* from credits._notification_metrics(credits.now()) m;
+  return query select m.* from credits._job_metrics(credits.now()) m;
   return query select m.* from credits._subscription_metrics(credits.now()) m;
   return query select m.* from credits._audit_metrics(credits.now()) m;
   return query select m.* from credits._total_metrics(credits.now()) m;
@@ -207,6 +208,30 @@ as $$
       ('pgcredits_notifications_dead', 'Deliveries that were given up.',
        coalesce((select o.deliveries from open o where o.state = 'dead'), 0))
     ) v (name, help, value)
+$$;
+
+create or replace function credits._job_metrics(at timestamptz)
+returns setof credits.metric
+language sql
+stable
+as $$
+  select v.name, 'gauge', v.help, jsonb_build_object('job', j.name), v.value
+    from credits.jobs j,
+         lateral (values
+           ('pgcredits_job_last_success_timestamp_seconds', 'When a job last did all that it had to do.',
+            extract(epoch from j.last_success_at)),
+           ('pgcredits_job_failures', 'Runs of a job that failed since its last success.', j.failures),
+           ('pgcredits_job_late_seconds', 'How long a job is overdue.',
+            greatest(extract(epoch from _job_metrics.at - j.next_run_at), 0))) v (name, help, value)
+   where j.enabled
+$$;
+
+-- The job refresh_totals.
+create or replace function credits._count_totals(max_rows integer)
+returns bigint
+language sql
+as $$
+  select count(*) from credits.refresh_totals()
 $$;
 
 create or replace function credits._subscription_metrics(at timestamptz)

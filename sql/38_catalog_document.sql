@@ -49,6 +49,7 @@ as $$
       "description":      ["text", null],
       "monthly_credits":  ["amount", 0],
       "trial_credits":    ["amount", 0],
+      "prices":           [{"list": "plan_price"}, []],
       "rollover":         ["none|all|cap", "none"],
       "rollover_cap":     ["positive", null],
       "seats":            ["seats", null],
@@ -60,6 +61,10 @@ as $$
       "qualities":        [{"map": {"list": "models"}, "of": "quality_levels"}, {}],
       "limits":           [{"list": "limit"}, []],
       "capabilities":     [{"map": "use", "of": "capabilities"}, {}]},
+    "plan_price": {
+      "amount":           ["minor units"],
+      "currency":         ["currency"],
+      "interval":         ["month|year", "month"]},
     "use": {
       "qualities":        [{"map": {"list": "models"}, "of": "quality_levels"}, {}],
       "limits":           [{"list": "limit"}, []]},
@@ -87,7 +92,7 @@ as $$
   select array_agg(k.key order by k.key)
     from credits._catalog_shape() s (shape)
     cross join jsonb_each(s.shape -> (s.shape #>> array['catalog', _catalog_columns.section, '0', 'map'])) k
-   where k.key not in ('qualities', 'limits', 'capabilities')
+   where k.key not in ('prices', 'qualities', 'limits', 'capabilities')
 $$;
 
 -- A part of a catalogue that has no problems, with all its keys: defaults filled in, numbers trimmed, what is unknown left

@@ -78,7 +78,8 @@ as $$
   union all
   select _collection_problems.path || to_jsonb(e.number - 1),
          case e.type when 'limit' then 'the same window is limited above'
-                     when 'rate'  then 'the same rate is given above' else 'is given above' end
+                     when 'rate'  then 'the same rate is given above'
+                     when 'plan_price' then 'the price for this interval and currency is given above' else 'is given above' end
     from (select l.number, _collection_problems.type ->> 'list' as type,
                  row_number() over (partition by credits._identity(_collection_problems.type ->> 'list', l.value)
                                     order by l.number) as times
@@ -108,6 +109,8 @@ as $$
     when 'rate' then
       jsonb_build_array(_identity.value -> 'capability', _identity.value ->> 'quality', _identity.value ->> 'model',
                         coalesce(credits._catalog_moment(_identity.value ->> 'valid_from')::text, _identity.value ->> 'valid_from'))
+    when 'plan_price' then
+      jsonb_build_array(_identity.value -> 'currency', coalesce(_identity.value ->> 'interval', 'month'))
     else _identity.value
   end
 $$;

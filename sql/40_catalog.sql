@@ -190,7 +190,7 @@ as $$
     'models',         (select coalesce(jsonb_object_agg(m.code, to_jsonb(m)), '{}') from credits.models m),
     'packages',       (select coalesce(jsonb_object_agg(p.code, to_jsonb(p)), '{}') from credits.packages p),
     'plans',          (select coalesce(jsonb_object_agg(p.code, to_jsonb(p) || credits._stored_uses(p.code, null)
-                                || jsonb_build_object('capabilities', (
+                                || jsonb_build_object('prices', credits._stored_prices(p.code), 'capabilities', (
                                      select coalesce(jsonb_object_agg(c.capability, credits._stored_uses(p.code, c.capability)), '{}')
                                        from credits.plan_capabilities c where c.plan = p.code))), '{}')
                          from credits.plans p),

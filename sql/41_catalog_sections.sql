@@ -21,11 +21,13 @@ begin
     end if;
   end loop;
   v_wanted := credits._shaped('"catalog"', v_wanted, plain => false);
+  perform credits._note_sold_prices();
   perform credits._free_unique(credits._object(v_wanted -> 'packages'), credits._object(v_wanted -> 'plans'),
                                _write_catalog.catalog ? 'plans');
   foreach v_section in array array['capabilities', 'quality_levels', 'models', 'packages', 'plans'] loop
     perform credits._write_section(v_section, credits._object(v_wanted -> v_section), _write_catalog.stored -> v_section);
   end loop;
+  perform credits._write_plan_prices(credits._object(v_wanted -> 'plans'));
   perform credits._write_uses(credits._object(v_wanted -> 'plans'), _write_catalog.stored -> 'plans');
   if _write_catalog.catalog ? 'rates' then
     perform credits._write_rates(_write_catalog.catalog -> 'rates', _write_catalog.at);
@@ -111,6 +113,7 @@ begin
       if v_sold is not null then
         raise foreign_key_violation;
       elsif _drop_unnamed.section = 'plans' then
+        delete from credits.plan_prices p where p.plan = v_code;
         delete from credits.plan_qualities q where q.plan = v_code;
         delete from credits.plan_limits l where l.plan = v_code;
         delete from credits.plan_capabilities c where c.plan = v_code;
@@ -122,6 +125,33 @@ begin
     end;
   end loop;
 end $$;
+
+-- What a document no longer names is sold no more. A price keeps its id of Stripe when only its amount changes: until it is
+-- published the plan is sold at the old one.
+create or replace function credits._write_plan_prices(plans jsonb)
+returns void
+language sql
+as $$
+  with wanted as (
+    select p.key as plan, w.value ->> 'currency' as currency, w.value ->> 'interval' as "interval",
+           (w.value ->> 'amount')::bigint as amount, w.number as rank
+      from jsonb_each(_write_plan_prices.plans) p
+      cross join jsonb_array_elements(p.value -> 'prices') with ordinality w (value, number)
+  ), gone as (
+    delete from credits.plan_prices t
+     where _write_plan_prices.plans ? t.plan
+       and (t.plan, t.currency, t."interval") not in (select w.plan, w.currency, w."interval" from wanted w)
+    returning t.stripe_price_id
+  ), retired as (
+    update credits.sold_prices s
+       set retired_at = credits.now()
+     where s.stripe_price_id in (select g.stripe_price_id from gone g)
+  )
+  insert into credits.plan_prices as t (plan, currency, "interval", amount, rank)
+  select w.plan, w.currency, w."interval", w.amount, w.rank from wanted w
+  on conflict on constraint plan_prices_pkey do update set amount = excluded.amount, rank = excluded.rank
+    where (t.amount, t.rank) <> (excluded.amount, excluded.rank)
+$$;
 
 -- What plans may use: of each plan that differs, all rows anew.
 create or replace function credits._write_uses(

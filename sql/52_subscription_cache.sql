@@ -48,18 +48,8 @@ language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_started timestamptz := credits.now();
-  v_removed bigint;
 begin
-  delete from credits.subscription_cache c
-   using (select e.account_id
-            from credits.subscription_cache e
-           where e.expires_at <= v_started
-             for update skip locked) e
-   where c.account_id = e.account_id;
-  get diagnostics v_removed = row_count;
-  return credits._note_cleanup('expired', v_started, v_removed);
+  return credits._clear_expired(null);
 end $$;
 comment on function credits.clear_expired_subscription_cache() is
 'Removes the rows of the subscription cache whose time is over; answers how many.
@@ -134,13 +124,35 @@ Errors: 400 invalid_request.';
 -- Helpers -----------------------------------------------------------------------------------------------------------
 
 -- The job subscription_cache_cleanup.
-create or replace function credits._clean_subscription_cache()
+drop function if exists credits._clean_subscription_cache();
+create or replace function credits._clean_subscription_cache(max_rows integer)
 returns bigint
-language sql
+language plpgsql
 as $$
+begin
   delete from credits.subscription_cache_cleanups c where c.started_at < credits.now() - interval '30 days';
-  select credits.clear_expired_subscription_cache();
-$$;
+  return credits._clear_expired(_clean_subscription_cache.max_rows);
+end $$;
+
+-- All of them, where max_rows is null.
+create or replace function credits._clear_expired(max_rows integer)
+returns bigint
+language plpgsql
+as $$
+declare
+  v_started timestamptz := credits.now();
+  v_removed bigint;
+begin
+  delete from credits.subscription_cache c
+   using (select e.account_id
+            from credits.subscription_cache e
+           where e.expires_at <= v_started
+           limit _clear_expired.max_rows
+             for update skip locked) e
+   where c.account_id = e.account_id;
+  get diagnostics v_removed = row_count;
+  return credits._note_cleanup('expired', v_started, v_removed);
+end $$;
 
 create or replace function credits._note_cleanup(
   scope      text,

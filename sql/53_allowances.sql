@@ -242,10 +242,12 @@ end $$;
 -- When the account's own plan turns next.
 create or replace function credits._next_turn(account_id text)
 returns timestamptz
-language sql
+language plpgsql
 stable
 as $$
-  select min(s.period_end)
-    from credits.subscriptions s
-   where s.account_id = _next_turn.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
-$$;
+begin
+  return (
+    select min(s.period_end)
+      from credits.subscriptions s
+     where s.account_id = _next_turn.account_id and s.source = 'internal' and s.state in ('active', 'canceling'));
+end $$;

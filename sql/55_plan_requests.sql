@@ -12,8 +12,7 @@ language plpgsql
 as $$
 declare
   v_sub      credits.subscriptions := _request_plan.subscription;
-  v_price    text := (select p.stripe_price_ids[cardinality(p.stripe_price_ids)]
-                        from credits.plans p where p.code = _request_plan.plan);
+  v_price    text := credits._price_of_plan(_request_plan.plan);
   v_item     text := (select i.item_id
                         from credits.subscription_items i
                        where i.account_id = v_sub.account_id and i.subscription_id = v_sub.subscription_id
@@ -23,7 +22,7 @@ declare
 begin
   if v_price is null or v_item is null then
     perform credits._fail(404, 'price_not_found', jsonb_build_object('plan', _request_plan.plan),
-      'Give the plan its stripe_price_ids: a plan without a price cannot be sold at Stripe.');
+      'Publish the plan, or give it its stripe_price_ids: without a price it cannot be sold at Stripe.');
   end if;
   perform credits._withdraw(v_sub.subscription_id, array_remove(
     array['change_plan', 'schedule_plan', 'schedule_phases', 'release_plan'],
@@ -83,7 +82,7 @@ as $$
                                 'end_date', extract(epoch from s.period_end)::bigint,
                                 'items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('price', s.price_id, 'quantity', s.quantity)))),
              jsonb_build_object('items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-               'price', p.stripe_price_ids[cardinality(p.stripe_price_ids)], 'quantity', s.quantity)))))),
+               'price', credits._price_of_plan(p.code), 'quantity', s.quantity)))))),
            s.account_id)
     from (select (_request_phases.subscription).*) s
     join credits.plans p on p.code = s.pending_plan

@@ -306,6 +306,35 @@ begin
       from (select _shape_price.object) x (o));
 end $$;
 
+-- What publish_catalog() writes and compares. "every" is null for a price that is paid once.
+create or replace function credits._shown_product(object jsonb)
+returns jsonb
+language sql
+immutable
+as $$
+  select jsonb_build_object('name', o -> 'name', 'description', o -> 'description', 'active', o -> 'active',
+                            'metadata', coalesce(o -> 'metadata', '{}'))
+    from (select _shown_product.object) x (o)
+$$;
+
+create or replace function credits._shown_price(object jsonb)
+returns jsonb
+language plpgsql
+immutable
+as $$
+declare
+  v_shape credits.price_shape := credits._shape_price(_shown_price.object);
+begin
+  return (
+    select jsonb_build_object('product', v_shape.product_id, 'currency', o -> 'currency', 'unit_amount', v_shape.unit_amount,
+                              'every', case when v_shape.metered then 'metered ' else '' end
+                                       || case when v_shape.interval_count > 1 then v_shape.interval_count || ' ' else '' end
+                                       || v_shape.interval_unit,
+                              'active', o -> 'active', 'metadata', coalesce(o -> 'metadata', '{}'),
+                              'lookup_key', o -> 'lookup_key', 'tax_behavior', nullif(o ->> 'tax_behavior', 'unspecified'))
+      from (select _shown_price.object) x (o));
+end $$;
+
 -- The period is that of the item which renews first.
 create or replace function credits._shape_subscription(object jsonb)
 returns credits.subscription_shape

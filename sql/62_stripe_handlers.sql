@@ -99,7 +99,10 @@ with listed (event_type, handler) as (values
   ('answer.lookup',                               '_on_lookup'),
   ('failed.lookup',                               '_on_failed_lookup'),
   ('answer.reconcile',                            '_on_page'),
-  ('failed.reconcile',                            '_on_failed_page')
+  ('failed.reconcile',                            '_on_failed_page'),
+  ('answer.publish',                              '_on_published'),
+  ('failed.publish',                              '_on_failed_publish'),
+  ('answer.sync',                                 '_on_catalog_page')
 ), summed (event_type, handler, summary) as (
   select l.event_type, l.handler, s.summary
     from listed l
@@ -127,7 +130,11 @@ with listed (event_type, handler) as (values
       ('_on_lookup',           'Finds what an unknown request has made, or that it never did.'),
       ('_on_failed_lookup',    'Leaves the unknown request to a person.'),
       ('_on_page',             'Compares what is listed with what is known.'),
-      ('_on_failed_page',      'Ends the run.')) s (handler, summary) on s.handler = l.handler
+      ('_on_failed_page',      'Ends the run.'),
+      ('_on_published',        'Mirrors it, keeps its id in the catalogue, and goes on with what it sells.'),
+      ('_on_failed_publish',   'Looks for a product that is there already.'),
+      ('_on_catalog_page',     'Mirrors each product or price, and asks for the next page.')) s (handler, summary)
+      on s.handler = l.handler
 ), kept as (
   insert into credits.stripe_handlers as h (event_type, handler, summary)
   select s.event_type, s.handler, s.summary from summed s

@@ -77,21 +77,27 @@ declare
   v_session credits.session_shape := _package_of_session.session;
   v_items   jsonb := credits._snapshot('line_items', v_session.session_id);
   v_package credits.packages;
+  v_price   text;
 begin
   if v_session.package is not null then
     select p.* into v_package from credits.packages p where p.code = v_session.package;
   elsif v_items is null or credits._has_more(v_items) then
     perform credits._park('package_unknown', 'line_items:' || v_session.session_id);
   else
+    select i.price_id into v_price
+      from credits._shape_line_items(v_items) i
+     where (select count(*) from credits._shape_line_items(v_items)) = 1;
     select p.* into v_package
       from credits.packages p
-      join credits._shape_line_items(v_items) i on i.price_id = p.stripe_price_id
-     where (select count(*) from credits._shape_line_items(v_items)) = 1;
+     where p.stripe_price_id = v_price
+        or p.code = (select s.package from credits.sold_prices s where s.stripe_price_id = v_price)
+     order by p.stripe_price_id is not distinct from v_price desc
+     limit 1;
   end if;
   if v_package.code is null then
     perform credits._park('package_unknown', null, jsonb_build_object('package', v_session.package));
   end if;
-  return v_package;
+  return credits._package_as_sold(v_package, v_session, v_price);
 end $$;
 
 create or replace function credits._quantity_of_session(session credits.session_shape)

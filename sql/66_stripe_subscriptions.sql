@@ -144,12 +144,10 @@ language plpgsql
 stable
 as $$
 begin
-  return (
-    select p.code
-      from credits.plans p
-     where _plan_of_price.price_id = any (p.stripe_price_ids) or p.stripe_product_id = _plan_of_price.product_id
-     order by _plan_of_price.price_id = any (p.stripe_price_ids) desc, p.code
-     limit 1);
+  return coalesce(
+    (select p.code from credits.plans p where _plan_of_price.price_id = any (p.stripe_price_ids) order by p.code limit 1),
+    (select s.plan from credits.sold_prices s where s.stripe_price_id = _plan_of_price.price_id),
+    (select p.code from credits.plans p where p.stripe_product_id = _plan_of_price.product_id));
 end $$;
 
 -- Our state of Stripe's status. A word that we do not know changes nothing.

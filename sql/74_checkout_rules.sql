@@ -161,7 +161,7 @@ begin
       jsonb_build_object('account_id', v_checkout.account_id, 'plan', v_current.plan, 'state', v_current.state),
       'change_plan() changes the subscription that there is.');
   elsif v_price is null then
-    v_price := v_plan.stripe_price_ids[cardinality(v_plan.stripe_price_ids)];
+    v_price := credits._price_of_plan(v_plan.code);
   elsif credits._plan_of_price(v_price, (select o.ref from credits.stripe_objects o
                                           where o.kind = 'price' and o.object_id = v_price)) is distinct from v_plan.code then
     v_price := null;
@@ -169,7 +169,7 @@ begin
   if v_price is null then
     perform credits._fail(404, 'price_not_found',
       jsonb_strip_nulls(jsonb_build_object('plan', v_plan.code, 'price_id', _sell_plan.asked ->> 'price_id')),
-      'Give the plan its stripe_price_ids: a plan without a price cannot be sold at Stripe.');
+      'Publish the plan, or give it its stripe_price_ids: without a price it cannot be sold at Stripe.');
   end if;
   v_checkout.request_id := credits._request('checkout', v_checkout.checkout_id, 'post', '/v1/checkout/sessions',
     credits._checkout_params(v_checkout, _sell_plan.asked, 'subscription', jsonb_build_object('price', v_price)),

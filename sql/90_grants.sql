@@ -1,7 +1,7 @@
 -- Who may call what, on one page: take everything away, then give.
 -- credits_service is a trusted backend. Functions with a leading underscore and tables are granted to nobody.
 
-revoke all on all functions in schema credits, credits_api from public, credits_service, credits_user;
+revoke all on all routines in schema credits, credits_api from public, credits_service, credits_user;
 revoke all on all tables in schema credits, credits_api from public, credits_service, credits_user;
 revoke all on schema credits, credits_api from public;
 
@@ -34,8 +34,13 @@ grant execute on function
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
   credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps,
   credits.health, credits.ready, credits.metrics, credits.refresh_totals, credits.run_audit, credits.get_stripe_event,
-  credits.list_settings, credits.set_setting, credits.erase_account, credits.repeat_erasures, credits.import_opening_balances
+  credits.list_settings, credits.set_setting, credits.erase_account, credits.repeat_erasures, credits.import_opening_balances,
+  credits.publish_catalog, credits.sync_catalog, credits.get_catalog_sync, credits.stripe_catalog_differences,
+  credits.list_jobs, credits.set_job, credits.list_job_runs, credits.claim_job, credits.run_job, credits.run_due_jobs,
+  credits.schedule_jobs, credits.unschedule_jobs, credits.cron_statements
 to credits_service;
+
+grant execute on procedure credits.work_jobs to credits_service;
 
 grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,
   credits.stripe_disputes to credits_service;

@@ -19,7 +19,7 @@ with functions as (
 )
 select 'search_path is not pinned' as finding, f.object
   from functions f
- where (f.prosecdef or f.object in (select g.object from granted g))
+ where (f.prosecdef or f.prokind = 'f' and f.object in (select g.object from granted g))  -- a procedure could not commit
    and not coalesce('search_path=pg_catalog, pg_temp' = any (f.proconfig), false)
 union all
 select 'definer in the exposed schema', f.object from functions f where f.prosecdef and f.schema = 'credits_api'
@@ -59,6 +59,13 @@ select 'column of an erasure does not exist', e.table_name || '.' || e.column_na
  where not exists (select from pg_catalog.pg_attribute a
                     where a.attrelid = pg_catalog.to_regclass('credits.' || e.table_name) and a.attname = e.column_name
                       and not a.attisdropped)
+union all
+select 'function of a job does not exist', j.name || ': ' || j.function
+  from credits.jobs j
+ where not exists (select from functions f where f.schema = 'credits' and f.proname = j.function)
+union all
+select 'schedule of a job is none', j.name || ': ' || j.schedule from credits.jobs j
+ where credits._next_run(j.schedule, 'epoch') is null
 union all
 select 'key of the catalogue is no column', s.section || '.' || c.name
   from unnest(array['capabilities', 'quality_levels', 'models', 'packages', 'plans']) s (section)

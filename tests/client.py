@@ -164,6 +164,18 @@ class Client:
     def get_catalog(self) -> Any:
         return self.row("get_catalog")[0]
 
+    def publish_catalog(self, **more: Any) -> list[Any]:
+        return self.rows("publish_catalog", **more)
+
+    def sync_catalog(self) -> Any:
+        return self.row("sync_catalog")
+
+    def get_catalog_sync(self) -> list[Any]:
+        return self.rows("get_catalog_sync")
+
+    def stripe_catalog_differences(self) -> list[Any]:
+        return self.rows("stripe_catalog_differences")
+
     def load_demo_catalog(self) -> None:
         self.row("load_demo_catalog")
 
@@ -370,3 +382,30 @@ class Client:
 
     def list_stripe_gaps(self, **more: Any) -> list[Any]:
         return self.rows("list_stripe_gaps", **more)
+
+    def list_jobs(self) -> list[Any]:
+        return self.rows("list_jobs")
+
+    def set_job(self, name: str | None, **more: Any) -> Any:
+        return self.row("set_job", name=name, **more)
+
+    def list_job_runs(self, **more: Any) -> list[Any]:
+        return self.rows("list_job_runs", **more)
+
+    def claim_job(self, runner: str | None = "test", **more: Any) -> list[Any]:
+        return self.rows("claim_job", runner=runner, **more)
+
+    def run_job(self, name: str | None, **more: Any) -> Any:
+        return self.row("run_job", name=name, **more)
+
+    def run_due_jobs(self, **more: Any) -> list[Any]:
+        return self.rows("run_due_jobs", **more)
+
+    def schedule_jobs(self) -> list[str]:
+        return [row[0] for row in self.rows("schedule_jobs")]
+
+    def unschedule_jobs(self) -> None:
+        self.row("unschedule_jobs")
+
+    def cron_statements(self, **more: Any) -> list[Any]:
+        return self.rows("cron_statements", **more)

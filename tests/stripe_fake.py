@@ -169,17 +169,28 @@ class StripeFake:
             intent = {"id": "pi_declined", "object": "payment_intent", "status": "requires_payment_method"}
             declined = error(402, "card_error", code="card_declined", payment_intent=intent)
             return declined if call.fault == "402" else error(500, "api_error")
-        kind, prefix, new = KINDS[found[1]]
-        about: str = found[2] or (self._new(kind, prefix, new) if call.method == "POST" else "")
-        if not about:
+        return self._touch(call, found[1], found[2])
+
+    def _touch(self, call: Call, path: str, about: str | None) -> tuple[int, dict[str, Any]]:
+        """An object made, read, changed or deleted, or a page of them."""
+        kind, prefix, new = KINDS[path]
+        if not about and call.method != "POST":
             return 200, self._list(kind, call)
+        if not about and (refused := self._conflict(call.params)):
+            return refused
+        about = about or self._new(kind, prefix, new, call.params.get("id"))
         if about not in self.objects:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]
         if call.method == "DELETE":
             known.update({"status": "canceled"} if kind == "subscription" else {"deleted": True})
         elif call.method == "POST":
-            known.update(typed(call.params))
+            if metadata := call.params.get("metadata"):  # which are merged
+                metadata = {**known["metadata"], **metadata}
+            known.update(typed(call.params) | ({"metadata": metadata} if metadata else {}))
+            if kind == "price":
+                known["type"] = "recurring" if "recurring" in known else "one_time"
+                known.pop("transfer_lookup_key", None)
             if call.path.endswith("/cancel"):
                 known["status"] = "canceled"
         return confirmed(known) if kind == "payment_intent" and "confirm" in call.params else (200, dict(known))
@@ -191,19 +202,42 @@ class StripeFake:
         since = int(asked.pop("created", {}).get("gte", 0))
         found = [
             one for one in reversed(self.objects.values())
-            if one["object"] == kind and one["created"] >= since and all(one.get(name) == asked[name] for name in asked)
+            if one["object"] == kind and one["created"] >= since and all(fits(one, *wanted) for wanted in asked.items())
         ]  # fmt: skip
         first = 1 + [one["id"] for one in found].index(after) if after else 0
         page = found[first : first + min(limit, self.page)]
-        return {"object": "list", "url": call.path, "has_more": first + len(page) < len(found), "data": page}
+        data = [dict(one) for one in page]
+        return {"object": "list", "url": call.path, "has_more": first + len(page) < len(found), "data": data}
 
-    def _new(self, kind: str, prefix: str, new: dict[str, Any]) -> str:
-        about = f"{prefix}_{next(self._numbers)}"
+    def _conflict(self, params: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        """An id or a lookup key that is taken; of the latter, unless it is to move."""
+        if params.get("id") in self.objects:
+            return error(400, "invalid_request_error", code="resource_already_exists", message="It exists already.")
+        key = params.get("lookup_key")
+        holders = [one for one in self.objects.values() if key and one.get("lookup_key") == key]
+        if holders and params.get("transfer_lookup_key") != "true":
+            return error(400, "invalid_request_error", message="A price already uses that lookup key.")
+        for one in holders:
+            one["lookup_key"] = None
+        if "unit_amount" in params and params.get("product") not in self.objects:
+            return error(400, "invalid_request_error", code="resource_missing", message="No such product.")
+        return None
+
+    def _new(self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None) -> str:
+        about = chosen or f"{prefix}_{next(self._numbers)}"
         self.objects[about] = {
             "id": about, "object": kind, "created": int(time.time()), "livemode": False, "metadata": {}, **new,
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),
         }  # fmt: skip
         return about
+
+
+def fits(one: dict[str, Any], name: str, wanted: Any) -> bool:
+    """Whether an object has what is asked for: a value, or one of several."""
+    if isinstance(wanted, list):
+        return one.get(name.removesuffix("s")) in wanted
+    has = one.get(name)
+    return bool((str(has).lower() if isinstance(has, bool) else has) == wanted)
 
 
 def confirmed(intent: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -60,7 +60,7 @@ def test_every_granted_function_is_described(owner: Connection[Any]) -> None:
         """
         select p.proname, coalesce(obj_description(p.oid, 'pg_proc'), ''), p.proconfig
           from pg_proc p
-         where p.pronamespace in ('credits'::regnamespace, 'credits_api'::regnamespace)
+         where p.pronamespace in ('credits'::regnamespace, 'credits_api'::regnamespace) and p.prokind = 'f'
            and (has_function_privilege('credits_service', p.oid, 'execute')
                 or has_function_privilege('credits_user', p.oid, 'execute'))
         """

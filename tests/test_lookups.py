@@ -60,7 +60,7 @@ def made(ledger: Ledger, request_id: int, refund_id: str = "re_1") -> Json:
 
 
 def told(ledger: Ledger) -> list[str]:
-    return [row.type for row in ledger.table("notifications", "true order by notification_id")]
+    return [row.type for row in ledger.table("notifications", "type ~ '^stripe_' order by notification_id")]
 
 
 def test_what_was_done_is_found_and_is_the_answer(ledger: Ledger) -> None:

@@ -24,7 +24,9 @@ TOKEN = "token-of-the-scraper"
 
 @pytest.fixture
 def ledger(conn: Connection[Any]) -> Ledger:
-    return Ledger(conn)
+    ledger = Ledger(conn)
+    ledger.change("update credits.jobs set next_run_at = '2100-01-01'")  # the clock is turned, and nobody runs them
+    return ledger
 
 
 def figures(ledger: Ledger) -> dict[tuple[str, ...], Any]:
@@ -44,6 +46,9 @@ def test_figures_and_checks_follow_what_happens(ledger: Ledger) -> None:
     ledger.load_demo_catalog()
     assert ill(ledger) == {}
     assert figures(ledger)[("audit_violations",)] is None
+    ledger.change("update credits.jobs set next_run_at = credits.now() - interval '1 hour' where name = 'audit'")
+    assert ill(ledger) == {"jobs_run": "warn"}
+    ledger.change("update credits.jobs set next_run_at = '2100-01-01'")
 
     ledger.open("alpha", 100)
     ledger.reserve("alpha", 30, "r", ttl=DAY)
