@@ -23,6 +23,7 @@ with listed (table_name, treatment, columns) as (values
   ('grants',               'null',   array['description']),
   ('grants',               'mark',   array['fingerprint']),
   ('grants',               'empty',  array['metadata']),
+  ('identities',           'remove', array['issuer', 'kind', 'subject']),
   ('members',              'remove', array['member_id', 'role']),
   ('notifications',        'keep',   array['type', 'key']),
   ('notifications',        'empty',  array['data']),

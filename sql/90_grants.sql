@@ -45,9 +45,7 @@ to credits_service;
 
 grant execute on procedure credits.work_jobs to credits_service;
 
-grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,
-  credits.stripe_disputes to credits_service;
-grant select on credits.report_event_processing, credits.report_failed_events, credits.report_stripe_requests,
+grant select on credits.trial_balance, credits.report_event_processing, credits.report_failed_events, credits.report_stripe_requests,
   credits.report_unexpected_moves, credits.report_integrity, credits.report_subscriptions,
   credits.report_revenue, credits.report_liability, credits.report_breakage, credits.report_credit_flow,
   credits.report_reservations to credits_service;

@@ -200,7 +200,7 @@ def test_what_the_door_counts_and_logs(database: Database, caplog: pytest.LogCap
         assert door.post(b'{"id": "evt_1", "type": "a.b", "secret": "no-log"}').headers["x-request-id"]
         answer = door.http.get("/webhooks/stripe/none?card=4242", headers={"X-Request-Id": "proxy-7"})
         assert (answer.status_code, answer.headers["x-request-id"]) == (405, "proxy-7")
-        named = door.http.get("/none", headers={"X-Request-Id": "a b"}).headers["x-request-id"]
+        named = door.http.get("/none/none", headers={"X-Request-Id": "a b"}).headers["x-request-id"]
         assert re.fullmatch("[0-9a-f]{32}", named)
         assert [door.http.get(path).status_code for path in ("/healthz", "/readyz", "/metrics")] == [200, 200, 401]
         assert door.http.get("/metrics", headers={"Authorization": "Bearer x"}).status_code == 401
