@@ -74,7 +74,8 @@ def test_a_breach_is_seen(owner: Connection[Any], breach: str) -> None:
 def test_a_view_that_is_granted_can_be_read(owner: Connection[Any], role: str) -> None:
     """A view calls functions with the rights of its reader."""
     views = owner.execute(
-        "select c.oid::regclass::text from pg_class c where c.relkind = 'v' and has_table_privilege(%s, c.oid, 'select')"
+        "select c.oid::regclass::text from pg_class c"
+        " where c.relkind = 'v' and has_table_privilege(%s, c.oid, 'select')"
         " and c.relnamespace in ('credits'::regnamespace, 'credits_api'::regnamespace)",
         [role],
     ).fetchall()
