@@ -12,7 +12,7 @@ from servers import Database, Engine
 ALPHA = {"iss": ISSUER, "sub": "user-alpha"}
 STRANGER = {"iss": ISSUER, "sub": "user-gamma"}
 FOREIGN = {"iss": "https://elsewhere.example", "sub": "user-alpha"}
-SESSION = {"success_url": "http://localhost/done", "key": "k2"}
+SESSION: dict[str, Any] = {"success_url": "http://localhost/done", "key": "k2"}
 
 
 def prepare(database: Database) -> None:
