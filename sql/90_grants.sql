@@ -140,7 +140,7 @@ declare
   v_relation regclass;
   v_column   name;
 begin
-  execute format('revoke all on all functions in schema credits, credits_api from %I', _grant_like.role);
+  execute format('revoke all on all routines in schema credits, credits_api from %I', _grant_like.role);
   execute format('revoke all on all tables in schema credits, credits_api from %I', _grant_like.role);
   execute format('revoke all on schema credits, credits_api from %I', _grant_like.role);
   for v_schema in
@@ -153,7 +153,7 @@ begin
     select p.oid from pg_catalog.pg_proc p, pg_catalog.aclexplode(p.proacl) a
      where p.pronamespace::regnamespace::text in ('credits', 'credits_api') and a.grantee = v_model
   loop
-    execute format('grant execute on function %s to %I', v_function, _grant_like.role);
+    execute format('grant execute on routine %s to %I', v_function, _grant_like.role);
   end loop;
   for v_relation in
     select c.oid from pg_catalog.pg_class c, pg_catalog.aclexplode(c.relacl) a

@@ -275,7 +275,7 @@ def test_lost_and_appealed_counts_as_lost(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("status", ["warning_needs_response", "warning_under_review", "warning_closed", "prevented"])
 def test_an_inquiry_takes_nothing(ledger: Ledger, status: str) -> None:
-    with ledger.unchanged("stripe_events", "stripe_objects"):
+    with ledger.unchanged("stripe_events", "stripe_objects", "notifications"):
         say(ledger, dispute(status))
     say(ledger, dispute())
     say(ledger, dispute(status))

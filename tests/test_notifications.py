@@ -135,7 +135,7 @@ def test_every_text_says_its_values(ledger: Ledger) -> None:
     setting(ledger, "customer_email", "true")
     ledger.change("update credits.accounts set email = 'alpha@example.com'")
     data = {"balance": 5, "threshold": 20, "amount": 1250, "currency": "eur", "credits": 100, "package": "Starter",
-            "purchase_id": 7, "expires_at": "2030-02-05T23:30:00+00:00"}  # fmt: skip
+            "purchase_id": 7, "reason": "declined", "expires_at": "2030-02-05T23:30:00+00:00"}  # fmt: skip
     ledger.set_time_zone("alpha", "Europe/Berlin")
     for row in ledger.table("notification_texts"):
         assert set(re.findall(r"\{(\w+)\}", row.subject + row.body)) <= {*data, "money", "end"}

@@ -34,4 +34,19 @@ begin
   loop
     execute v_drop;
   end loop;
+
+  -- Rights on tables are given by 90_grants.sql, those on columns among them.
+  for v_drop in
+    select pg_catalog.format('revoke all on %s from %I', c.oid::regclass, r.rolname)
+      from pg_catalog.pg_class c
+      join pg_catalog.pg_roles r on r.oid in (
+             select a.grantee
+               from pg_catalog.pg_attribute t, pg_catalog.aclexplode(t.attacl) a
+              where t.attrelid = c.oid
+             union
+             select a.grantee from pg_catalog.aclexplode(c.relacl) a where a.grantee <> c.relowner)
+     where c.relnamespace = pg_catalog.to_regnamespace('credits') and c.relkind in ('r', 'p')
+  loop
+    execute v_drop;
+  end loop;
 end $$;
