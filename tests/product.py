@@ -4,15 +4,17 @@ Only what such a product has is used: webhooks over HTTP, verbs as credits_servi
 """
 
 import json
+import os
 import re
 import shlex
-import time
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from unittest.mock import patch
 
 import httpx
 import pytest
@@ -24,7 +26,6 @@ from servers import Database
 from stripe_fake import KEY, Call
 from stripe_shop import Shop
 from stripe_world import Event, Offer, World
-from test_stripe_catalog import work
 
 from pgcredits import cli
 
@@ -70,7 +71,7 @@ class Product:
         self.world = World(offers={})
         self.tokens: dict[str, str] = {}  # what $NAME in a command of the page stands for
         self.names: dict[str, Any] = {}  # what the page's Python defines
-        self._told = self._numbers = 0
+        self._told = self._numbers = self._shown = 0
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -93,7 +94,9 @@ class Product:
         self._at(self.world.now)
 
     def _at(self, second: int) -> None:
-        stop_clock(self._owner, datetime.fromtimestamp(second, UTC))
+        if second != self._shown:  # a new clock makes every connection plan anew
+            stop_clock(self._owner, datetime.fromtimestamp(second, UTC))
+            self._shown = second
 
     def wait(self, **span: float) -> None:
         """Days, hours or seconds pass, for everybody."""
@@ -107,24 +110,13 @@ class Product:
 
     # Stripe ----------------------------------------------------------------------------------------------------------
 
-    def command(self, *words: str, monkeypatch: pytest.MonkeyPatch) -> int:
-        """A command line of the product's developer; its exit code."""
-        monkeypatch.setenv("PGCREDITS_DSN", self.database.dsn)
-        monkeypatch.setenv("STRIPE_API_BASE", self.till.url)
-        monkeypatch.setenv("STRIPE_SECRET_KEY", KEY)
-        monkeypatch.setattr("sys.argv", ["pgcredits", *words])
-        with pytest.raises(SystemExit) as left:
+    def command(self, *words: str) -> int:
+        """A command line of the product's developer, in this process; its exit code."""
+        stripe = {"STRIPE_API_BASE": self.till.url, "STRIPE_SECRET_KEY": KEY}
+        argv = ["pgcredits", *words, "--dsn", self.database.dsn]
+        with patch.dict(os.environ, stripe), patch.object(sys, "argv", argv), pytest.raises(SystemExit) as left:
             cli.main()
         return int(left.value.code or 0)
-
-    def work(self) -> None:
-        """What Stripe is to be asked is asked, by this process or by the door."""
-        for _ in range(200):
-            work(self.database, self.till)
-            if not any(row.open for row in self.backend.get_catalog_sync()):
-                return
-            time.sleep(0.05)
-        raise AssertionError("a request to Stripe is never answered")
 
     def offer(self, price_id: str, amount: int, interval: str) -> str:
         """Let the world sell at a price that there is at Stripe; the name by which it does."""

@@ -41,18 +41,18 @@ def at_once(starter: Product, who: str, call: str, schema: str, **arguments: Any
         return list(pool.map(lambda _: starter.rpc(who, call, schema, **arguments).json(), range(10)))
 
 
-def test_the_days_of_a_saas_starter(starter: Product, monkeypatch: pytest.MonkeyPatch) -> None:
-    prices_come_from_stripe(starter, monkeypatch)
+def test_the_days_of_a_saas_starter(starter: Product) -> None:
+    prices_come_from_stripe(starter)
     tokens_are_short(starter)
     packs_are_sold_and_spent(starter)
-    months_and_a_year(starter, monkeypatch)
+    months_and_a_year(starter)
     starter.jobs()
     starter.end("user_1", "beta")
 
 
-def prices_come_from_stripe(starter: Product, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert starter.command("catalog", "apply", str(starter.catalogue), monkeypatch=monkeypatch) == 0
-    assert starter.command("stripe", "sync", monkeypatch=monkeypatch) == 0
+def prices_come_from_stripe(starter: Product) -> None:
+    assert starter.command("catalog", "apply", str(starter.catalogue)) == 0
+    assert starter.command("stripe", "sync") == 0
     assert {call.method for call in starter.till.calls} == {"GET"}
     catalogue = starter.backend.get_catalog()
     assert {code: package["stripe_price_id"] for code, package in catalogue["packages"].items()} == {
@@ -110,7 +110,7 @@ def packs_are_sold_and_spent(starter: Product) -> None:
     assert starter.sums("beta") == (2000, 0, 2000, 0)
 
 
-def months_and_a_year(starter: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+def months_and_a_year(starter: Product) -> None:
     starter.offer("price_monthly", 2000, "month")
     starter.offer("price_yearly", 20000, "year")
     starter.wait(minutes=1)
@@ -144,7 +144,7 @@ def months_and_a_year(starter: Product, monkeypatch: pytest.MonkeyPatch) -> None
     starter.jobs()
     assert starter.sums("beta") == (2500, 0, 2500, 0)
 
-    assert starter.command("stripe", "sync", monkeypatch=monkeypatch) == 0
+    assert starter.command("stripe", "sync") == 0
     starter.world.cancel(yearly, at_period_end=True)
     starter.tell()
     assert starter.ask("USER2", "get_subscription_state")["state"] == "canceling"

@@ -42,8 +42,8 @@ def write(studio: Product, job_id: str, words: int, capability: str, subject: st
     return studio.names["run_job"](studio.conn, "user_1", job, generate)
 
 
-def test_the_days_of_a_writing_studio(studio: Product, monkeypatch: pytest.MonkeyPatch) -> None:
-    studio_opens(studio, monkeypatch)
+def test_the_days_of_a_writing_studio(studio: Product) -> None:
+    studio_opens(studio)
     a_writer_buys(studio)
     a_book_is_written(studio)
     somebody_else_looks(studio)
@@ -52,11 +52,11 @@ def test_the_days_of_a_writing_studio(studio: Product, monkeypatch: pytest.Monke
     studio.end("user_1", "beta")
 
 
-def studio_opens(studio: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+def studio_opens(studio: Product) -> None:
     catalogue = str(studio.catalogue)
-    assert studio.command("catalog", "apply", catalogue, monkeypatch=monkeypatch) == 0
-    assert studio.command("catalog", "diff", "--check", catalogue, monkeypatch=monkeypatch) == 0
-    assert studio.command("stripe", "publish", monkeypatch=monkeypatch) == 0
+    assert studio.command("catalog", "apply", catalogue) == 0
+    assert studio.command("catalog", "diff", "--check", catalogue) == 0
+    assert studio.command("stripe", "publish") == 0
     assert not studio.backend.stripe_catalog_differences()
     sold = [one for one in studio.till.objects.values() if one["object"] == "price"]
     assert sorted(one["unit_amount"] for one in sold) == [999, 1999, 3999, 9999, 9999, 29999]
