@@ -29,6 +29,7 @@ from stripe_world import Event, Offer, World
 
 from pgcredits import cli
 
+BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs/examples"
 
 
@@ -71,7 +72,9 @@ class Product:
         self.world = World(offers={})
         self.tokens: dict[str, str] = {}  # what $NAME in a command of the page stands for
         self.names: dict[str, Any] = {}  # what the page's Python defines
+        self.heard: set[str] = set()  # types of the events that were posted
         self._told = self._numbers = self._shown = 0
+        self._sections = dict(re.findall(r"^## (.*)\n((?:(?!^## ).*\n?)*)", self.page, re.MULTILINE))
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -80,7 +83,7 @@ class Product:
         self.backend = Ledger(self.conn, at=None)
         self.turn()
         self.till = self._stack.enter_context(Till(self.world))
-        stripe = {"stripe_key": KEY, "stripe_api_base": self.till.url}
+        stripe = {"stripe_key": KEY, "stripe_api_base": self.till.url, "pool_size": 4}
         self.door = self._stack.enter_context(forwarder(self.database, **stripe, **self.settings))
         return self
 
@@ -141,6 +144,7 @@ class Product:
 
     def deliver(self, payload: str) -> str:
         """A webhook; its outcome. Every one comes twice, as Stripe may have it, and counts once."""
+        self.heard.add(json.loads(payload)["type"])
         first, again = self.door.post(payload.encode()), self.door.post(payload.encode())
         assert (first.status_code, again.status_code) == (200, 200), first.text
         assert again.json()["outcome"] == "duplicate", again.text
@@ -189,25 +193,22 @@ class Product:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def sums(self, account_id: str) -> tuple[Any, ...]:
-        """Available, held, balance, debt."""
-        return self.backend.sums(account_id)
-
     def end(self, *accounts: str) -> None:
-        """Every number can be proved."""
+        """Every number can be proved, and all that the page shows was done."""
         for account in accounts:
             assert self.backend.prove_balance(account).ok
         assert not self.backend.list_stripe_events(status="failed")
         assert not self.backend.list_stripe_events(status="parked")
         assert_sound(self.backend)
+        left = [heading for heading, section in self._sections.items() if BLOCKS.search(section)]
+        assert not left, f"nobody followed {left}"
 
     # The page --------------------------------------------------------------------------------------------------------
 
     def follow(self, heading: str) -> None:
         """Do what a section of the page says, in its order, and compare what it shows."""
-        section = self.page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
         done = 0
-        for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL):
+        for language, block in BLOCKS.findall(self._sections.pop(heading)):
             done += {"sql": self._sql, "sh": self._curl, "python": self._python}[language](block)
         assert done, heading
 

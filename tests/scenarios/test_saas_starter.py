@@ -86,7 +86,7 @@ def packs_are_sold_and_spent(starter: Product) -> None:
     (item,) = starter.till.objects[session]["line_items"]
     assert (item["price"], starter.till.objects[session]["amount_total"]) == ("price_pack_500", 2000)
     assert "applied" in starter.pay(session)
-    assert starter.sums("user_1") == (500, 0, 500, 0)
+    assert starter.backend.sums("user_1") == (500, 0, 500, 0)
     starter.follow("Spend")
     starter.follow("An administrator gives credits")
     starter.follow("What the user sees")
@@ -107,7 +107,7 @@ def packs_are_sold_and_spent(starter: Product) -> None:
     answers = at_once(starter, "USER2", "create_checkout", "credits_api", **bought)
     assert len({answer["session_id"] for answer in answers}) == 1
     starter.pay(answers[0]["session_id"])
-    assert starter.sums("beta") == (2000, 0, 2000, 0)
+    assert starter.backend.sums("beta") == (2000, 0, 2000, 0)
 
 
 def months_and_a_year(starter: Product) -> None:
@@ -120,19 +120,19 @@ def months_and_a_year(starter: Product) -> None:
     yearly = starter.subscribe(starter.ask("USER2", "get_checkout", key="sub_1")["session_id"])
     starter.follow("The portal")
     assert starter.ask("USER", "get_balance")["by_kind"] == {"gift": 5, "plan": 1000, "promo": 30, "purchase": 470}
-    assert starter.sums("beta") == (3000, 0, 3000, 0)
+    assert starter.backend.sums("beta") == (3000, 0, 3000, 0)
 
     # Somebody changes the credits in Stripe: what was granted stays, the next invoice brings the new ones.
     starter.till.objects["prod_pro"]["metadata"]["includedCredits"] = "1200"
     starter.world.put("product", "prod_pro", "product.updated", metadata=starter.till.objects["prod_pro"]["metadata"])
     starter.tell()
-    assert starter.sums("user_1") == (1505, 0, 1505, 0)
+    assert starter.backend.sums("user_1") == (1505, 0, 1505, 0)
     assert starter.backend.use(300, "user_1").available == 1205
     starter.world.renew(monthly)
     starter.tell()
     sign_in(starter)
     assert starter.ask("USER", "get_balance")["by_kind"]["plan"] == 1200
-    assert starter.sums("user_1") == (1705, 0, 1705, 0)
+    assert starter.backend.sums("user_1") == (1705, 0, 1705, 0)
 
     # Beta's year goes on month by month, as it was sold, without an event and before any job.
     assert starter.ask("USER2", "get_balance")["by_kind"] == {"plan": 1000, "purchase": 2000}
@@ -142,7 +142,7 @@ def months_and_a_year(starter: Product) -> None:
         sign_in(starter)
         assert starter.ask("USER2", "get_balance")["by_kind"]["plan"] == 1000
     starter.jobs()
-    assert starter.sums("beta") == (2500, 0, 2500, 0)
+    assert starter.backend.sums("beta") == (2500, 0, 2500, 0)
 
     assert starter.command("stripe", "sync") == 0
     starter.world.cancel(yearly, at_period_end=True)
@@ -150,6 +150,6 @@ def months_and_a_year(starter: Product) -> None:
     assert starter.ask("USER2", "get_subscription_state")["state"] == "canceling"
     starter.world.finish(yearly)
     starter.tell()
-    assert starter.sums("beta") == (1500, 0, 1500, 0)
+    assert starter.backend.sums("beta") == (1500, 0, 1500, 0)
     kinds = [entry for entry in starter.backend.kinds("beta") if entry[0] == "grant"]
     assert kinds == [("grant", 2000), *[("grant", 1000)] * 12]

@@ -13,6 +13,11 @@ from test_auth import ISSUER, OTHER, RSA, Jwks
 
 from pgcredits.settings import Issuer
 
+EVENTS = {
+    "checkout.session.completed", "invoice.paid", "invoice.payment_failed",
+    "customer.subscription.created", "customer.subscription.updated", "customer.subscription.deleted",
+}  # fmt: skip
+
 
 def provided(subject: str, key: Any = RSA, **claims: Any) -> str:
     """A token of the provider."""
@@ -48,6 +53,7 @@ def test_the_days_of_a_writing_studio(studio: Product) -> None:
     a_book_is_written(studio)
     somebody_else_looks(studio)
     a_year_by_subscription(studio)
+    assert studio.heard >= EVENTS
     studio.jobs()
     studio.end("user_1", "beta")
 
@@ -71,7 +77,7 @@ def a_writer_buys(studio: Product) -> None:
     bought = {"package": "writer", "success_url": "http://localhost:3000/thanks", "key": "cart_1"}
     session = studio.ask("USER", "create_checkout", **bought)
     assert session["url"] == f"{studio.till.url}/pay/{session['session_id']}"
-    assert studio.sums("user_1") == (0, 0, 0, 0)
+    assert studio.backend.sums("user_1") == (0, 0, 0, 0)
     assert "applied" in studio.pay(session["session_id"])
     studio.follow("After the payment")
 
@@ -89,7 +95,7 @@ def a_book_is_written(studio: Product) -> None:
     assert (better["cost"], better["charged"]) == (92, 92)
     with pytest.raises(TimeoutError):
         write(studio, "job_4", 2500, "chapter", "book:1/chapter:2", None)
-    assert studio.sums("user_1") == (4674, 0, 4674, 0)
+    assert studio.backend.sums("user_1") == (4674, 0, 4674, 0)
 
     held = {"account_id": "user_1", "capability": "chapter", "units": 3000, "subject": "book:1/chapter:2"}
     opened = studio.rpc("BACKEND", "authorize_usage", "credits", usage_id="job_5", **held)  # and its process dies
@@ -104,7 +110,7 @@ def a_book_is_written(studio: Product) -> None:
     assert write(studio, "job_6", 100_000, "chapter", "book:1", 100_000) == {
         "status": 402, "required": 10_000, "available": 4674, "missing": 5326,
     }  # fmt: skip
-    assert studio.sums("user_1") == (4674, 0, 4674, 0)
+    assert studio.backend.sums("user_1") == (4674, 0, 4674, 0)
 
 
 def somebody_else_looks(studio: Product) -> None:
@@ -129,8 +135,8 @@ def somebody_else_looks(studio: Product) -> None:
         answers = list(pool.map(lambda _: studio.rpc("BACKEND", "spend", "credits", **spent).json(), range(12)))
     assert sorted(answer["replayed"] for answer in answers) == [False, *[True] * 11]
     assert {answer["available"] for answer in answers} == {300}
-    assert studio.sums("beta") == (300, 0, 300, 0)
-    assert studio.sums("user_1") == (4674, 0, 4674, 0)
+    assert studio.backend.sums("beta") == (300, 0, 300, 0)
+    assert studio.backend.sums("user_1") == (4674, 0, 4674, 0)
 
 
 def a_year_by_subscription(studio: Product) -> None:
@@ -170,7 +176,7 @@ def a_year_by_subscription(studio: Product) -> None:
     studio.tell()
     state = studio.ask("USER", "get_subscription_state")
     assert (state["state"], state["may_receive"]) == ("canceled", False)
-    assert studio.sums("user_1") == (4650, 0, 4650, 0)
+    assert studio.backend.sums("user_1") == (4650, 0, 4650, 0)
     assert write(studio, "job_10", 1, "outline", "book:3", 1)["charged"] == 50  # pays as it goes again
 
     bigger = studio.ask("BETA", "create_checkout", plan="enterprise", success_url="http://localhost", key="e1")
