@@ -42,11 +42,9 @@ class Till(Shop):
 
     def _execute(self, call: Call) -> tuple[int, dict[str, Any]]:
         status, said = super()._execute(call)
-        return (
-            self.world.get(call.path, call.params, self.world.now)
-            if call.method == "GET" and status == 404
-            else (status, said)
-        )
+        if call.method == "GET" and status == 404:
+            return self.world.get(call.path, call.params, self.world.now)
+        return status, said
 
     def add(self, about: str, kind: str, **more: Any) -> None:
         """Something that was made in the Dashboard."""
@@ -108,8 +106,10 @@ class Product:
 
     def jobs(self) -> None:
         """All that is due, to its end."""
-        while any(row.more for row in self.backend.run_due_jobs()):
-            pass
+        ran = self.backend.run_due_jobs()
+        while ran:
+            assert {row.outcome for row in ran} <= {"running", "done"}, ran
+            ran = self.backend.run_due_jobs() if any(row.more for row in ran) else []
 
     # Stripe ----------------------------------------------------------------------------------------------------------
 
@@ -121,20 +121,19 @@ class Product:
             cli.main()
         return int(left.value.code or 0)
 
-    def offer(self, price_id: str, amount: int, interval: str) -> str:
-        """Let the world sell at a price that there is at Stripe; the name by which it does."""
-        name = price_id.removeprefix("price_")
+    def offer(self, price_id: str, amount: int, interval: str) -> None:
+        """Let the world sell at a price that there is at Stripe."""
         price = self.till.objects[price_id]
         product = self.till.objects[price["product"]]
         assert (price["unit_amount"], price["recurring"]["interval"]) == (amount, interval)
-        self.world.offers[name] = Offer(amount, (1, interval), price["metadata"], product["metadata"])
+        self.world.offers[price_id.removeprefix("price_")] = Offer(
+            amount, (1, interval), price["metadata"], product["metadata"]
+        )
         for one in (product, price):
             facts = {key: value for key, value in one.items() if key not in {"id", "object", "created", "livemode"}}
             self.world.put(one["object"], one["id"], **facts)
-        self.world.put(
-            "price", price_id, recurring={"interval": interval, "interval_count": 1, "usage_type": "licensed"}
-        )
-        return name
+        recurring = {"interval": interval, "interval_count": 1, "usage_type": "licensed"}  # a form knows only texts
+        self.world.put("price", price_id, recurring=recurring)
 
     def post(self, event_type: str, about: Mapping[str, Any]) -> str:
         """An event of Stripe, signed, over HTTP; its outcome."""
