@@ -84,6 +84,7 @@ class StripeFake:
     latency: Callable[[], float] = lambda: 0.0  # seconds before each effect, during which its key is in use
     page: int = 100  # objects that a list shows at once at most
     hang: float = 5.0  # seconds of an answer that comes too late
+    clock: Callable[[], float] = time.time
     calls: list[Call] = field(default_factory=list)
     effects: Counter[str] = field(default_factory=Counter)  # how often each idempotency key had its effect
     objects: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class StripeFake:
         if fault in AFTER:
             return AFTER[fault]()
         answer = JSONResponse(
-            said, status, {"Request-Id": f"req_{next(self._numbers)}", "Date": formatdate(usegmt=True)}
+            said, status, {"Request-Id": f"req_{next(self._numbers)}", "Date": formatdate(self.clock(), usegmt=True)}
         )
         if replayed:
             answer.headers["Idempotent-Replayed"] = "true"
@@ -227,7 +228,7 @@ class StripeFake:
     def _new(self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None) -> str:
         about = chosen or f"{prefix}_{next(self._numbers)}"
         self.objects[about] = {
-            "id": about, "object": kind, "created": int(time.time()), "livemode": False, "metadata": {}, **new,
+            "id": about, "object": kind, "created": int(self.clock()), "livemode": False, "metadata": {}, **new,
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),
         }  # fmt: skip
         return about

@@ -99,7 +99,7 @@ class Shop(StripeFake):
             price = item.get("price_data") or self.objects.get(item["price"], {"unit_amount": 0, "currency": "usd"})
             total = int(price["unit_amount"]) * int(item["quantity"])
             sold = {"amount_subtotal": total, "amount_total": total, "currency": price["currency"]}
-            self.objects[said["id"]] |= {**sold, "expires_at": int(time.time()) + 86400}
+            self.objects[said["id"]] |= {**sold, "expires_at": int(self.clock()) + 86400}
         elif kind == "refund":
             charge = self.objects[self.objects[said["payment_intent"]]["latest_charge"]]
             charge["amount_refunded"] += said["amount"]
@@ -113,7 +113,7 @@ class Shop(StripeFake):
         for number, (event_type, about) in enumerate(told):
             event = {
                 "id": f"evt_{time.time_ns()}_{number}", "object": "event", "type": event_type, "livemode": False,
-                "created": int(time.time()), "data": {"object": self.objects[about]},
+                "created": int(self.clock()), "data": {"object": self.objects[about]},
             }  # fmt: skip
             await anyio.to_thread.run_sync(self._post, json.dumps(event).encode())
 

@@ -6,6 +6,7 @@ world's shape and tells of them by events. Time passes only where a verb says so
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -285,9 +286,17 @@ class Objects:
 class World(Objects):
     """What happens: accounts buy and subscribe, cards fail, money goes back."""
 
-    def __init__(self, shape: Shape = "new", *, chatty: bool = False, expanded: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Shape = "new",
+        *,
+        chatty: bool = False,
+        expanded: bool = False,
+        offers: Mapping[str, Offer] = CATALOGUE,
+    ) -> None:
         super().__init__(shape, chatty=chatty, expanded=expanded)
-        for name, offer in CATALOGUE.items():
+        self.offers = {**offers}
+        for name, offer in offers.items():
             count, unit = offer.every or (None, None)
             usage = "metered" if offer.metered else "licensed"
             self.put("product", f"prod_{name}", name=name, active=True, metadata=offer.product)
@@ -380,9 +389,9 @@ class World(Objects):
         the customer names it.
         """
         customer = self.customer(account, named=named == "customer")
-        recurring = [price for price in prices if CATALOGUE[price].every]
+        recurring = [price for price in prices if self.offers[price].every]
         items = [self._item(price, quantity) for price in recurring]
-        every = CATALOGUE[recurring[0]].every or (1, "month")
+        every = self.offers[recurring[0]].every or (1, "month")
         anchor = self.now + trial_days * 86400
         subscription = self.put(
             "subscription", self.new("sub"), "customer.subscription.created",
@@ -410,7 +419,7 @@ class World(Objects):
 
     def _item(self, price: str, quantity: int) -> Json:
         item = {"id": self.new("si"), "price": f"price_{price}"}
-        return item if CATALOGUE[price].metered else {**item, "quantity": quantity}
+        return item if self.offers[price].metered else {**item, "quantity": quantity}
 
     def first_invoice(self, subscription: str) -> str:
         """The invoice that a subscription began with."""
@@ -460,7 +469,7 @@ class World(Objects):
         known = self.facts[subscription]
         old, *others = known["items"]
         item = old | ({"price": f"price_{price}"} if price else {}) | ({"quantity": quantity} if quantity else {})
-        every = CATALOGUE[item["price"].removeprefix("price_")].every
+        every = self.offers[item["price"].removeprefix("price_")].every
         left = (known["end"] - self.now) / (known["end"] - known["start"])
         back = self._line(old, self.now, known["end"], proration=True, share=-left)
         facts: Json = {"items": [item, *others]}

@@ -121,8 +121,23 @@ def test_the_concepts_name_every_finding_of_the_audit() -> None:
     assert set(re.findall(r"`(\w+_\w+)`", section)) == found
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")))
 def test_every_link_of_the_manual_leads_somewhere(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert (ROOT / "docs" / target).exists(), target
+    path = ROOT / "docs" / page
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_what_the_examples_map_to_is_there(owner: Connection[Any]) -> None:
+    """Functions are written with their brackets or as /rpc, in the column `here`; commands as `pgcredits x y`."""
+    page = (ROOT / "docs/examples/README.md").read_text()
+    here = "".join(re.findall(r"^\|.*\| (.*) \|$", page, re.MULTILINE))
+    rows = owner.execute(
+        "select pronamespace::regnamespace::text, proname from pg_proc where "
+        "has_function_privilege(case pronamespace::regnamespace::text when 'credits' then 'credits_service' "
+        "when 'credits_api' then 'credits_user' end, oid, 'execute')"
+    ).fetchall()
+    for schema, name in re.findall(r"(credits_api)?[.`/](\w+)\(", here):
+        assert (schema or "credits", name) in rows, name
+    for name in re.findall(r"/rpc/(\w+)", here):
+        assert ("credits_api", name) in rows, name
