@@ -29,12 +29,12 @@ from starlette.responses import Response
 from stripe_fake import KEY, Call
 from stripe_shop import Shop
 from test_notifier import Mailbox
-from test_worker import work
 
-from pgcredits import cli
+from pgcredits import cli, outbox
 
 Json = dict[str, Any]
-EXAMPLES = Path(__file__).resolve().parents[1] / "docs/examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "docs/examples"
 START = datetime(2030, 4, 1, 12, tzinfo=UTC)  # April has 30 days
 
 
@@ -76,8 +76,8 @@ class Till(Shop):
 class Product:
     """The product, while the block lasts. backend calls the verbs, each a transaction of its own."""
 
-    def __init__(self, database: Database, name: str, **settings: Any) -> None:
-        self.database, self.settings = database, settings
+    def __init__(self, database: Database, name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+        self.database, self.settings, self._monkeypatch = database, settings, monkeypatch
         self.catalogue = EXAMPLES / f"{name}.yaml"
         self.page = (EXAMPLES / f"{name}.md").read_text()
         self.tokens = {"BACKEND": token(**SERVICE)}  # what $NAME in a command of the page stands for
@@ -86,12 +86,13 @@ class Product:
         self._events = 0
 
     def __enter__(self) -> Self:
+        self._monkeypatch.setattr(outbox, "POLL", 0.1)  # the door sends soon what it is to send
         self._stack = ExitStack()
         self.conn = self._stack.enter_context(self.database.connect(autocommit=True))
         self.owner = self._stack.enter_context(self.database.connect("credits_owner", autocommit=True))
         self.backend = Ledger(self.conn, at=None)
-        self.wait()
         self.till = self._stack.enter_context(Till())
+        self.wait()
         stripe = {"stripe_key": KEY, "stripe_api_base": self.till.url}
         self.door = self._stack.enter_context(forwarder(self.database, **stripe, **self.settings))
         return self
@@ -100,21 +101,23 @@ class Product:
         self._stack.close()
 
     def wait(self, span: timedelta = timedelta()) -> None:
-        """Time passes, for everybody."""
+        """Time passes, for everybody; what is on its way arrives before, or it would be late and sent again."""
+        until(lambda: not any(self.backend.list_notifications(state=state) for state in ("pending", "sent")))
         self.now += span
-        if hasattr(self, "till"):
-            self.till.now = self.now
+        self.till.now = self.now
         stop_clock(self.owner, self.now)
 
-    def command(self, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    def command(self, line: str) -> None:
         """The product's developer gives a command; it succeeds."""
-        monkeypatch.setenv("PGCREDITS_DSN", self.database.dsn)
-        monkeypatch.setenv("STRIPE_API_BASE", self.till.url)
-        monkeypatch.setenv("STRIPE_SECRET_KEY", KEY)
-        monkeypatch.setattr("sys.argv", ["pgcredits", *words])
+        patch = self._monkeypatch
+        patch.chdir(ROOT)
+        patch.setenv("PGCREDITS_DSN", self.database.dsn)
+        patch.setenv("STRIPE_API_BASE", self.till.url)
+        patch.setenv("STRIPE_SECRET_KEY", KEY)
+        patch.setattr("sys.argv", line.split())
         with pytest.raises(SystemExit) as left:
             cli.main()
-        assert left.value.code in (0, None), words
+        assert left.value.code in (0, None), line
 
     def job(self, name: str) -> int:
         """Run a job to its end; how much it did."""
@@ -122,15 +125,11 @@ class Product:
         while True:
             row = self.backend.run_job(name)
             assert row.outcome in ("done", "running"), row
-            done += row.rows_done
+            done += int(row.rows_done)
             if not row.more:
                 return done
 
     # Stripe ----------------------------------------------------------------------------------------------------------
-
-    def work(self, done: Callable[[], bool]) -> None:
-        """Stripe is asked what is to be asked, by this process or by the door, until that is done."""
-        until(lambda: (work(self.database, self.till), done())[1])
 
     def event(self, event_type: str, about: Mapping[str, Any]) -> bytes:
         """An event of Stripe as it is posted."""
@@ -183,13 +182,13 @@ class Product:
 
     # The page --------------------------------------------------------------------------------------------------------
 
-    def follow(self, heading: str) -> None:
-        """Do what a section of the page says, block by block, and compare what it shows."""
+    def follow(self, heading: str, number: int | None = None) -> None:
+        """Do what a section of the page says, or one block of it, and compare what it shows."""
         section = self.page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        ways = {"sql": self._sql, "sh": self._curl, "python": self._python}
+        ways = {"sql": self._sql, "sh": self._curl, "python": self._python, "console": self._console}
         blocks = re.findall(r"^```(\w+)\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
         assert blocks, heading
-        for language, block in blocks:
+        for language, block in blocks if number is None else [blocks[number]]:
             ways[language](block)
 
     def _sql(self, block: str) -> None:
@@ -216,6 +215,10 @@ class Product:
             assert answer.status_code == int(status), (command, answer.text)
             assert fits(json.loads(body), answer.json()), (command, answer.text)
 
+    def _console(self, block: str) -> None:
+        for line in block.splitlines():
+            self.command(line)
+
     def _python(self, block: str) -> None:
         exec(compile(block, self.catalogue.stem, "exec"), self.names)  # noqa: S102 - our own page
 
@@ -226,11 +229,11 @@ def as_shown(value: Any) -> str:
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for another process or thread."""
+    """Wait for the door, which does its errands beside."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -121,8 +121,7 @@ def test_the_concepts_name_every_finding_of_the_audit() -> None:
     assert set(re.findall(r"`(\w+_\w+)`", section)) == found
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
 def test_every_link_of_the_manual_leads_somewhere(page: str) -> None:
-    text = (ROOT / "docs" / page).read_text()
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert (ROOT / "docs" / target).exists(), target
+    for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
