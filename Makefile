@@ -1,13 +1,16 @@
 # Needs Python 3.11 or newer and make. PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: up test bench lint clean
+.PHONY: up test fast bench lint clean
 
 up: .venv/installed  ## database, schema, demo catalogue, door and a tour
 	@$(BIN)/pgcredits up
 
 test: lint  ## make test ARGS="-k webhook -x"
 	$(BIN)/pytest $(ARGS)
+
+fast: .venv/installed  ## the part of the tests that takes less than two minutes
+	$(BIN)/pytest --fast -q -n 2 $(ARGS)
 
 bench: .venv/installed
 	$(BIN)/python bench/run.py $(ARGS)

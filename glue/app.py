@@ -8,11 +8,12 @@ import psycopg
 from psycopg_pool import PoolTimeout
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
-from pgcredits import notifier, rpc, ticker, webhook, worker
+from pgcredits import notifier, observe, rpc, ticker, webhook, worker
 from pgcredits.answers import Refused, not_now
 from pgcredits.auth import Verifier
 from pgcredits.db import Database
@@ -38,13 +39,17 @@ def create_app(settings: Settings) -> Starlette:
         finally:
             await database.close()
 
+    figures = observe.Figures()
+    routes: list[BaseRoute] = [
+        Route("/webhooks/stripe/{endpoint}", webhook.receive, methods=["POST"]),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+        Route("/metrics", observe.metrics),
+        *rpc.routes(settings),
+    ]
     app = Starlette(
-        routes=[
-            Route("/webhooks/stripe/{endpoint}", webhook.receive, methods=["POST"]),
-            Route("/healthz", healthz),
-            Route("/readyz", readyz),
-            *rpc.routes(settings),
-        ],
+        routes=routes,
+        middleware=[Middleware(observe.Observer, figures=figures, routes=routes)],
         exception_handlers={Refused: refused, HTTPException: http_error, Exception: unexpected},
         lifespan=lifespan,
     )
@@ -52,6 +57,7 @@ def create_app(settings: Settings) -> Starlette:
     app.state.settings = settings
     app.state.database = database
     app.state.forwarder = rpc.Forwarder(database, settings, Verifier(settings), rpc.Catalog(database))
+    app.state.figures = figures
     return app
 
 
@@ -61,10 +67,14 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """200 if the database answers and has the schema; 503 says what is wrong."""
+    """200 if the database answers, has the schema and takes writes; 503 says what is wrong."""
     database: Database = request.app.state.database
     try:
         problem = await database.ready()
+        if not problem:
+            problem = " ".join([row["ready"] for row in await database.call("ready")])
+    except psycopg.errors.UndefinedFunction:
+        problem = "the schema is older than this program; run: pgcredits migrate"
     except (psycopg.Error, PoolTimeout, OSError) as error:
         log.warning("not ready: %s", error)
         problem = "the database does not answer"
@@ -88,4 +98,5 @@ async def http_error(_: Request, error: Exception) -> Response:
 
 async def unexpected(_: Request, __: Exception) -> Response:
     """A bug of ours: nothing was acknowledged, and the log has it."""
-    return Refused(500, "internal_error", "Something went wrong on our side; the log has it.").response()
+    named = {observe.HEADER: observe.request_id.get() or ""}  # this answer is made outside of all middleware
+    return Refused(500, "internal_error", "Something went wrong on our side; the log has it.", named).response()

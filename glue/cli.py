@@ -1,7 +1,8 @@
-"""The command line: pgcredits up, migrate, rollback, serve, sql, demo, audit, catalog, stripe, notify, jobs."""
+"""The command line: the door, deploys, a look at how things are, and what an operator does."""
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import secrets
@@ -19,12 +20,26 @@ from typing import Annotated, Any
 import psycopg
 import typer
 import uvicorn
+from psycopg.types.json import Jsonb
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from pgcredits import __version__, catalog, db, demo, migrate, notifier, stripe_catalog, ticker, worker
+from pgcredits import (
+    __version__,
+    balances,
+    catalog,
+    db,
+    demo,
+    migrate,
+    notifier,
+    observe,
+    status,
+    stripe_catalog,
+    worker,
+)
 from pgcredits.app import create_app
+from pgcredits.outbox import process_name
 from pgcredits.settings import Settings, SettingsError
 
 cli = typer.Typer(
@@ -35,12 +50,17 @@ catalog_cli = typer.Typer(help="The catalogue as a document: docs/catalog.md.", 
 cli.add_typer(catalog_cli, name="catalog")
 stripe_cli = typer.Typer(help="Requests to Stripe: docs/stripe.md.", no_args_is_help=True)
 cli.add_typer(stripe_cli, name="stripe")
+events_cli = typer.Typer(help="Events of Stripe: docs/stripe.md.", no_args_is_help=True)
+cli.add_typer(events_cli, name="events")
+import_cli = typer.Typer(help="From another system: docs/migration-from-existing.md.", no_args_is_help=True)
+cli.add_typer(import_cli, name="import")
+settings_cli = typer.Typer(help="Settings of the database: docs/operations.md.", no_args_is_help=True)
+cli.add_typer(settings_cli, name="settings")
 notify_cli = typer.Typer(help="Notifications: docs/notifications.md.", no_args_is_help=True)
 cli.add_typer(notify_cli, name="notify")
 jobs_cli = typer.Typer(help="What runs by itself: docs/jobs.md.", no_args_is_help=True)
 cli.add_typer(jobs_cli, name="jobs")
 console = Console()
-LOG = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
 CronDsn = Annotated[
     str, typer.Option("--cron-dsn", help="Where pg_cron lives, if in another database. Default: PGCREDITS_CRON_DSN.")
@@ -52,7 +72,15 @@ def main() -> None:
     """Entry point: errors that an operator can understand are one sentence, not a traceback."""
     from pgcredits.embedded import EmbeddedError  # noqa: PLC0415 - see _database
 
-    known = (migrate.DeployError, SettingsError, EmbeddedError, demo.DemoError, catalog.CatalogError, psycopg.Error)
+    known = (
+        migrate.DeployError,
+        SettingsError,
+        EmbeddedError,
+        demo.DemoError,
+        catalog.CatalogError,
+        balances.BalancesError,
+        psycopg.Error,
+    )
     try:
         cli()
     except known as error:
@@ -62,7 +90,7 @@ def main() -> None:
 
 def _complain(error: Exception) -> None:
     text = str(error).strip()
-    if isinstance(error, catalog.CatalogError):
+    if isinstance(error, catalog.CatalogError | balances.BalancesError):
         print(text, file=sys.stderr, flush=True)  # its lines begin with the file, for editors to jump to
         return
     if isinstance(error, psycopg.Error) and error.diag.message_primary:
@@ -98,9 +126,9 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
-    """Serve the door: webhooks, calls, health checks, jobs, notifications and, with STRIPE_SECRET_KEY, Stripe's worker."""
-    logging.basicConfig(level=logging.INFO, format=LOG)
+    """Serve the door: webhooks, calls, health checks, jobs, notifications and, with a key, requests to Stripe."""
     settings = Settings.from_environment()
+    observe.configure_logging(settings)
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:
         _serve(replace(settings, dsn=target), lambda url: print(f"pgcredits {__version__} serves on {url}", flush=True))
 
@@ -151,11 +179,39 @@ def demo_(
         _tour(target, url or f"http://{settings.host}:{settings.port}", settings)
 
 
+@cli.command("status")
+def status_(dsn: Dsn = "") -> None:
+    """How everything is, and what to do about what is not well. Exit code 1 if anything fails."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        checks, figures = db.call(conn, "health"), db.call(conn, "metrics")
+    if status.show(console, checks, figures):
+        raise typer.Exit(1)
+
+
+@cli.command()
+def erase(
+    account_id: str,
+    dsn: Dsn = "",
+    *,
+    release_holds: Annotated[bool, typer.Option("--release-holds", help="Give back what reservations hold.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Erase the personal data of an account and close it, for good. The ledger stays: docs/operations.md."""
+    if not yes:
+        typer.confirm(f"Erase the personal data of {account_id}, take back its credits and close it?", abort=True)
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        (done,) = db.call(conn, "erase_account", account_id=account_id, release_holds=release_holds)
+    print(
+        f"Erased. {done['forfeited']} credits were forfeited; {done['objects']} objects, {done['events']} events and "
+        f"{done['requests']} answers of Stripe were emptied."
+    )
+
+
 @cli.command()
 def audit(dsn: Dsn = "") -> None:
     """Check every invariant over the whole database. Prints what is violated; exit code 1 if anything is."""
     with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
-        findings = db.call(conn, "audit")
+        findings = db.call(conn, "run_audit")
     if not findings:
         print("Sound: no invariant is violated.")
         return
@@ -200,13 +256,106 @@ def catalog_export(
     catalog.write(file, text)
 
 
+@events_cli.command("list")
+def events_list(
+    dsn: Dsn = "",
+    state: Annotated[str, typer.Option("--status", help="received, applied, ignored, parked or failed.")] = "",
+    type_: Annotated[str, typer.Option("--type", help="Such as invoice.paid.")] = "",
+    before: Annotated[str, typer.Option(help="Page on: the last received_at seen.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+) -> None:
+    """The events received, the latest first, one a line: tab-separated, for eyes and for other programs."""
+    asked = {"status": state or None, "type": type_ or None, "before": before or None, "max_rows": limit}
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        events = db.call(conn, "list_stripe_events", **asked)
+    for event in events:
+        why = event["error"] or event["reason"] or ""
+        told = (
+            event["received_at"].isoformat(),
+            event["event_id"],
+            event["type"] or "",
+            event["status"],
+            " ".join(why.split()),
+        )
+        print("\t".join(told))
+
+
+@events_cli.command("show")
+def events_show(event_id: str, dsn: Dsn = "") -> None:
+    """All that is kept of an event, as JSON. Its payload tells of a customer."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        (event,) = db.call(conn, "get_stripe_event", event_id=event_id)
+    print(json.dumps(event, indent=2, default=str))
+
+
+@events_cli.command("replay")
+def events_replay(event_ids: list[str], dsn: Dsn = "") -> None:
+    """Apply stored events again, each in a transaction of its own. Exit code 1 if one is not done then."""
+    undone = False
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target, autocommit=True) as conn:
+        for event_id in event_ids:
+            (answer,) = db.call(conn, "replay_stripe_event", event_id=event_id)
+            print(f"{event_id}\t{answer['outcome']}")
+            undone |= answer["outcome"] in {"parked", "failed"}
+    if undone:
+        raise typer.Exit(1)
+
+
+@import_cli.command("balances")
+def import_balances(
+    file: Annotated[str, typer.Argument(metavar="FILE.csv", help="With a header; - is standard input.")],
+    dsn: Dsn = "",
+    batch: Annotated[int, typer.Option(min=1, max=10_000, help="Rows of one transaction.")] = 5000,
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come of it, and change nothing.")] = False,
+) -> None:
+    """Bring in opening balances, a grant per row. Safe to repeat, so a run that ended early is simply started again.
+
+    Each row that is refused is printed with its line; exit code 1 if any is.
+    """
+    rows = balances.read(file)
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target, autocommit=True) as conn:
+        counted = balances.bring_in(conn, file, rows, batch, dry_run=dry_run)
+    done = "Would be booked" if dry_run else "Booked"
+    print(f"{done}: {counted.booked}. Known before: {counted.known}. Refused: {counted.refused}.")
+    if counted.refused:
+        raise typer.Exit(1)
+
+
+@settings_cli.command("list")
+def settings_list(dsn: Dsn = "") -> None:
+    """Every setting with its value."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        for row in db.call(conn, "list_settings"):
+            print(f"{row['name']} = {json.dumps(row['value'])}\n    {row['summary']}")
+
+
+@settings_cli.command("set")
+def settings_set(
+    name: str,
+    value: Annotated[str, typer.Argument(help="JSON, or a text as it is: 10, '2 minutes', '[\"https://a.example\"]'.")],
+    dsn: Dsn = "",
+) -> None:
+    """Change a setting, for every call from now on."""
+    with _database(dsn, Settings.from_environment()) as target, psycopg.connect(target) as conn:
+        (row,) = db.call(conn, "set_setting", name=name, value=Jsonb(_json_or_text(value)))
+    print(f"{row['name']} = {json.dumps(row['value'])}")
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 @stripe_cli.command("work")
 def stripe_work(
     dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
 ) -> None:
     """Send to Stripe what SQL asks of it, and bring the answers back. Several may run, beside the door or not."""
-    logging.basicConfig(level=logging.INFO, format=LOG)
     settings = _with_stripe_key()
+    observe.configure_logging(settings)
     with _database(dsn, settings) as target:
         asyncio.run(worker.work(replace(settings, dsn=target), once=once))
 
@@ -264,8 +413,8 @@ def notify_work(
     dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
 ) -> None:
     """Send notifications as webhooks and e-mails. Several may run, beside the door or not."""
-    logging.basicConfig(level=logging.INFO, format=LOG)
     settings = Settings.from_environment()
+    observe.configure_logging(settings)
     if not notifier.configured(settings):
         raise SettingsError("set PGCREDITS_NOTIFY_SECRET_<NAME> for an endpoint, or PGCREDITS_SMTP_URL for e-mail")
     with _database(dsn, settings) as target:
@@ -379,7 +528,8 @@ def jobs_list(dsn: Dsn = "") -> None:
 
 @jobs_cli.command("run")
 def jobs_run(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Default: all that are due.")] = "", dsn: Dsn = ""
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Default: all that are due.")] = "",
+    dsn: Dsn = "",
 ) -> None:
     """Run a job to its end, due or not, or all that are due. Each batch is committed. Exit code 1 if one fails."""
     failed = False
@@ -420,13 +570,13 @@ def _carry_to_cron(dsn: str, cron_dsn: str, *, remove: bool) -> list[str]:
 def _run_to_end(conn: psycopg.Connection[Any], name: str) -> Iterator[db.Row]:
     more = True
     while more:
-        (row,) = db.call(conn, "run_job", name=name, runner=ticker.runner())
+        (row,) = db.call(conn, "run_job", name=name, runner=process_name())
         more = row["more"]
         yield row
 
 
 def _run_due(conn: psycopg.Connection[Any]) -> Iterator[db.Row]:
-    while claimed := db.call(conn, "claim_job", runner=ticker.runner()):
+    while claimed := db.call(conn, "claim_job", runner=process_name()):
         yield from db.call(conn, "run_job", name=claimed[0]["name"], run_id=claimed[0]["run_id"])
 
 
@@ -504,7 +654,14 @@ def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); set PGCREDITS_PORT to another port"
         ) from error
     server = uvicorn.Server(
-        uvicorn.Config(create_app(settings), log_level="warning", server_header=False, timeout_graceful_shutdown=10)
+        uvicorn.Config(
+            create_app(settings),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=10,
+        )
     )
 
     def announce() -> None:

@@ -2,6 +2,7 @@
 
 import smtplib
 import ssl
+from dataclasses import dataclass
 from email.message import EmailMessage
 from email.utils import formatdate
 from ipaddress import ip_address
@@ -9,10 +10,17 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pgcredits.db import Row
-from pgcredits.outbox import Outcome
 from pgcredits.settings import Settings
 
 PATIENCE = 10.0  # seconds for each word of the mail server
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a delivery: its HTTP or SMTP status, None if there was none, and what was said or went wrong."""
+
+    status: int | None
+    answer: str
 
 
 def mail(settings: Settings, row: Row) -> Outcome:

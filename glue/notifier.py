@@ -15,8 +15,8 @@ import httpx
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from pgcredits.db import Database, Row
-from pgcredits.mail import mail
-from pgcredits.outbox import NAME, Outcome, alone, beside, bring_back, claim, drain
+from pgcredits.mail import Outcome, mail
+from pgcredits.outbox import Crew, alone, beside, bring_back, claim, process_name
 from pgcredits.settings import Settings
 
 PATIENCE = 15.0  # seconds for a receiver, connecting and all; the lease (notification_lease) is longer
@@ -39,7 +39,7 @@ class Notifier:
 
             async def due(free: int) -> list[Row] | None:
                 return await claim(
-                    self._database, "claim_notifications", must=once, max_rows=free, worker=NAME,
+                    self._database, "claim_notifications", must=once, max_rows=free, worker=process_name(),
                     channels=self._channels,
                 )  # fmt: skip
 
@@ -56,7 +56,7 @@ class Notifier:
                         outcome.status,
                     )  # fmt: skip
 
-            await drain(due, deliver, stop, once=once)
+            await Crew(deliver).drain(due, stop, once=once)
 
     async def _send(self, http: httpx.AsyncClient, row: Row) -> Outcome:
         if row["channel"] == "email":

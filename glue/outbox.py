@@ -7,7 +7,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -20,49 +19,57 @@ IN_FLIGHT = 10  # of one worker at a time
 POLL = 1.0  # seconds between looks at the outbox
 TROUBLE = 5.0  # seconds before the database is asked again
 TRIES = 6  # at bringing something back; what is lost then is done again after its lease
-NAME = f"{socket.gethostname()}:{os.getpid()}"
 
 log = logging.getLogger("pgcredits.outbox")
 Run = Callable[[asyncio.Event], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a delivery: its HTTP or SMTP status, None if there was none, and what was said or went wrong."""
-
-    status: int | None
-    answer: str
+def process_name() -> str:
+    """What this process is called in the database."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
-async def drain(
-    due: Callable[[int], Awaitable[list[Row] | None]],
-    do: Callable[[Row], Awaitable[None]],
-    stop: asyncio.Event,
-    *,
-    once: bool,
-) -> None:
-    """Do what is due until stop is set, or with once until nothing is; then finish what is in flight."""
-    running: set[asyncio.Task[None]] = set()
-    stopping = asyncio.create_task(stop.wait())
-    while not stop.is_set():
-        rows = await due(IN_FLIGHT - len(running)) if len(running) < IN_FLIGHT else []
-        for row in rows or []:
-            task = asyncio.create_task(_guarded(do, row))
-            running.add(task)
-            task.add_done_callback(running.discard)
-        if once and not running:
-            break
-        pause = TROUBLE if rows is None else POLL
-        await asyncio.wait({stopping, *running}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-    await asyncio.gather(*running)
-    stopping.cancel()
+class Crew:
+    """Tasks of one worker, each doing one thing that was claimed."""
 
+    def __init__(self, do: Callable[[Row], Awaitable[None]]) -> None:
+        self._do = do
+        self._running: set[asyncio.Task[None]] = set()
+        self._over = False
 
-async def _guarded(do: Callable[[Row], Awaitable[None]], row: Row) -> None:
-    try:
-        await do(row)
-    except Exception:
-        log.exception("the worker failed; what it had is done again after its lease")
+    def start(self, row: Row) -> asyncio.Task[None]:
+        """Begin with it."""
+        task = asyncio.create_task(self._guarded(row))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    def has_room(self, most: int) -> bool:
+        """Whether fewer are at work than that, and more may begin."""
+        return not self._over and len(self._running) < most
+
+    async def drain(
+        self, due: Callable[[int], Awaitable[list[Row] | None]], stop: asyncio.Event, *, once: bool
+    ) -> None:
+        """Do what is due until stop is set, or with once until nothing is; then finish what is in flight."""
+        stopping = asyncio.create_task(stop.wait())
+        while not stop.is_set():
+            rows = await due(IN_FLIGHT - len(self._running)) if self.has_room(IN_FLIGHT) else []
+            for row in rows or []:
+                self.start(row)
+            if once and not self._running:
+                break
+            pause = TROUBLE if rows is None else POLL
+            await asyncio.wait({stopping, *self._running}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+        self._over = True
+        await asyncio.gather(*self._running)
+        stopping.cancel()
+
+    async def _guarded(self, row: Row) -> None:
+        try:
+            await self._do(row)
+        except Exception:
+            log.exception("the worker failed; what it had is done again after its lease")
 
 
 async def claim(database: Database, function: str, *, must: bool, **arguments: Any) -> list[Row] | None:
@@ -91,8 +98,8 @@ async def bring_back(database: Database, function: str, what: str, **arguments: 
 
 
 @asynccontextmanager
-async def beside(run: Run | None) -> AsyncIterator[None]:
-    """Run beside the block, if there is anything to run. At its end what is in flight is finished."""
+async def beside(run: Run | None, *, patience: float | None = None) -> AsyncIterator[None]:
+    """Run beside the block, if there is anything to run. At its end what is in flight is finished, within patience."""
     if not run:
         yield
         return
@@ -102,7 +109,8 @@ async def beside(run: Run | None) -> AsyncIterator[None]:
         yield
     finally:
         stop.set()
-        await task
+        with suppress(TimeoutError):
+            await asyncio.wait_for(task, patience)
 
 
 async def alone(settings: Settings, make: Callable[[Database], Run]) -> None:

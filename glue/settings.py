@@ -38,6 +38,8 @@ class Settings:
     webhook_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     stripe_key: str = field(default="", repr=False)
     stripe_api_base: str = ""
+    log_format: str = "text"
+    metrics_token: str = field(default="", repr=False)
     notify_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     smtp_url: str = field(default="", repr=False)  # it may hold a password
     mail_from: str = ""
@@ -67,6 +69,8 @@ class Settings:
             webhook_secrets=_secrets(environment, "STRIPE_WEBHOOK_SECRET"),
             stripe_key=environment.get("STRIPE_SECRET_KEY", cls.stripe_key).strip(),
             stripe_api_base=_address(environment, "STRIPE_API_BASE"),
+            log_format=_word(environment, "PGCREDITS_LOG_FORMAT", ("text", "json")),
+            metrics_token=environment.get("PGCREDITS_METRICS_TOKEN", cls.metrics_token).strip(),
             notify_secrets=_secrets(environment, "PGCREDITS_NOTIFY_SECRET"),
             smtp_url=_smtp(environment, "PGCREDITS_SMTP_URL", "PGCREDITS_MAIL_FROM"),
             mail_from=environment.get("PGCREDITS_MAIL_FROM", cls.mail_from),
@@ -114,6 +118,13 @@ def _address(environment: Mapping[str, str], name: str) -> str:
     text = environment.get(name, "").rstrip("/")
     if text and not re.fullmatch(r"https?://[^\s/?#@]+", text):
         raise SettingsError(f"{name} must be an address such as http://127.0.0.1:12111, not {text!r}")
+    return text
+
+
+def _word(environment: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
+    text = environment.get(name) or words[0]
+    if text not in words:
+        raise SettingsError(f"{name} must be {' or '.join(words)}, not {text!r}")
     return text
 
 

@@ -6,15 +6,14 @@ It may be killed at any moment: a batch that was not committed is undone, and do
 
 import asyncio
 import logging
-import os
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 
 import psycopg
 from psycopg_pool import PoolTimeout
 
 from pgcredits.db import Database
+from pgcredits.outbox import beside, process_name
 from pgcredits.settings import Settings
 
 POLL = 15.0  # seconds between questions; schedules count minutes
@@ -23,15 +22,10 @@ PATIENCE = 10.0  # seconds that a batch may take to finish when we are told to s
 log = logging.getLogger("pgcredits.ticker")
 
 
-def runner() -> str:
-    """What this process is called in the history."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
 async def work(database: Database, stop: asyncio.Event) -> None:
     """Do what is due, batch after batch, each in transactions of its own."""
     while not stop.is_set():
-        claimed = await database.call("claim_job", runner=runner(), standby=True)
+        claimed = await database.call("claim_job", runner=process_name(), standby=True)
         if not claimed:
             return
         (result,) = await database.call("run_job", name=claimed[0]["name"], run_id=claimed[0]["run_id"])
@@ -50,17 +44,6 @@ async def run(database: Database, stop: asyncio.Event) -> None:
             await asyncio.wait_for(stop.wait(), POLL)
 
 
-@asynccontextmanager
-async def running(database: Database, settings: Settings) -> AsyncIterator[None]:
+def running(database: Database, settings: Settings) -> AbstractAsyncContextManager[None]:
     """Tick beside the block, if the settings want it."""
-    if not settings.jobs:
-        yield
-        return
-    stop = asyncio.Event()
-    task = asyncio.create_task(run(database, stop))
-    try:
-        yield
-    finally:
-        stop.set()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(task, PATIENCE)
+    return beside(partial(run, database) if settings.jobs else None, patience=PATIENCE)

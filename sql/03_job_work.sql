@@ -81,7 +81,7 @@ declare
 begin
   for v_found in
     select f.invariant, count(*) as findings, min(f.account_id) as account_id
-      from (select a.* from credits.audit() a limit _audit_all.max_rows) f
+      from (select a.* from credits.run_audit() a limit _audit_all.max_rows) f
      group by f.invariant
   loop
     v_all := v_all + v_found.findings;

@@ -211,6 +211,26 @@ Page on with before = the last received_at seen. effects is what an event did; w
 status parked or failed and no next_attempt_at was given up. max_rows is 1 to 1000, 50 by default.
 Errors: 400 invalid_request.';
 
+create or replace function credits.get_stripe_event(event_id text)
+returns credits.stripe_events
+language plpgsql
+stable
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_event credits.stripe_events;
+begin
+  select e.* into v_event from credits.stripe_events e where e.event_id = get_stripe_event.event_id;
+  if not found then
+    perform credits._fail(404, 'event_not_found', jsonb_build_object('event_id', get_stripe_event.event_id));
+  end if;
+  return v_event;
+end $$;
+comment on function credits.get_stripe_event(text) is
+'All that is kept of an event, its payload included, which is null once it is archived.
+Errors: 404 event_not_found.';
+
 -- Helpers ------------------------------------------------------------------------------------------------------------
 
 -- jsonb holds no NUL character and no half of a surrogate pair: they become the replacement character in what we read,

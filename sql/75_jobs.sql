@@ -25,6 +25,8 @@ with listed (name, schedule, batch_size, function, summary) as (values
   ('purge_notifications',         '5 2 * * *',    1000,  '_purge_notifications',         'Removes old notifications.'),
   ('purge_job_history',           '11 2 * * *',   10000, '_purge_job_history',           'Removes old runs of jobs.'),
   ('archive_stripe_events',       '23 2 * * *',   1000,  '_archive_stripe_events',       'Drops payloads done 90 days ago.'),
+  ('refresh_totals',              '*/15 * * * *', null,  '_count_totals',                'Counts the sums of metrics().'),
+  ('repeat_erasures',             '51 4 * * 0',   null,  '_repeat_erasures',             'Erases what came in since.'),
   ('audit',                       '43 3 * * *',   null,  '_audit_all',                   'Checks and tells all invariants.')
 ), added as (
   insert into credits.jobs as j (name, schedule, batch_size, function, summary, next_run_at)

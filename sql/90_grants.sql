@@ -34,6 +34,8 @@ grant execute on function
   credits.set_auto_topup, credits.get_auto_topup, credits.remove_auto_topup, credits.run_auto_topups,
   credits.request_refund, credits.list_purchases, credits.purchase_totals, credits.refresh_subscription,
   credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps,
+  credits.health, credits.ready, credits.metrics, credits.refresh_totals, credits.run_audit, credits.get_stripe_event,
+  credits.list_settings, credits.set_setting, credits.erase_account, credits.repeat_erasures, credits.import_opening_balances,
   credits.publish_catalog, credits.sync_catalog, credits.get_catalog_sync, credits.stripe_catalog_differences,
   credits.list_jobs, credits.set_job, credits.list_job_runs, credits.claim_job, credits.run_job, credits.run_due_jobs,
   credits.schedule_jobs, credits.unschedule_jobs, credits.cron_statements,
@@ -43,8 +45,10 @@ to credits_service;
 
 grant execute on procedure credits.work_jobs to credits_service;
 
-grant select on credits.trial_balance, credits.stripe_prices, credits.stripe_invoices, credits.stripe_refunds,
-  credits.stripe_disputes to credits_service;
+grant select on credits.trial_balance, credits.report_event_processing, credits.report_failed_events, credits.report_stripe_requests,
+  credits.report_unexpected_moves, credits.report_integrity, credits.report_subscriptions,
+  credits.report_revenue, credits.report_liability, credits.report_breakage, credits.report_credit_flow,
+  credits.report_reservations to credits_service;
 
 -- End users -----------------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,12 @@ select 'effect does not exist', t.from_state || ' to ' || t.to_state || ': ' || 
   from credits.subscription_transitions t
  where not exists (select from functions f where f.schema = 'credits' and f.proname = t.effect)
 union all
+select 'column of an erasure does not exist', e.table_name || '.' || e.column_name
+  from credits.erasure_rules e
+ where not exists (select from pg_catalog.pg_attribute a
+                    where a.attrelid = pg_catalog.to_regclass('credits.' || e.table_name) and a.attname = e.column_name
+                      and not a.attisdropped)
+union all
 select 'function of a job does not exist', j.name || ': ' || j.function
   from credits.jobs j
  where not exists (select from functions f where f.schema = 'credits' and f.proname = j.function)

@@ -313,6 +313,40 @@ class Client:
     def create_portal_session(self, account_id: str | None, return_url: str | None, **more: Any) -> Any:
         return self.row("create_portal_session", account_id=account_id, return_url=return_url, **more)
 
+    def metrics(self) -> list[Any]:
+        return self.rows("metrics")
+
+    def health(self) -> list[Any]:
+        return self.rows("health")
+
+    def ready(self) -> list[Any]:
+        return self.rows("ready")
+
+    def refresh_totals(self) -> list[Any]:
+        return self.rows("refresh_totals")
+
+    def run_audit(self) -> list[Any]:
+        return self.rows("run_audit")
+
+    def get_stripe_event(self, event_id: str | None) -> Any:
+        return self.row("get_stripe_event", event_id=event_id)
+
+    def list_settings(self) -> list[Any]:
+        return self.rows("list_settings")
+
+    def set_setting(self, name: str | None, value: Any) -> Any:
+        return self.row("set_setting", name=name, value=psycopg.types.json.Jsonb(value))
+
+    def erase_account(self, account_id: str | None, **more: Any) -> Any:
+        return self.row("erase_account", account_id=account_id, **more)
+
+    def repeat_erasures(self) -> int:
+        value: int = self.row("repeat_erasures")[0]
+        return value
+
+    def import_opening_balances(self, balances: list[Any], **more: Any) -> list[Any]:
+        return self.rows("import_opening_balances", balances=psycopg.types.json.Jsonb(balances), **more)
+
     def set_notification_endpoint(self, name: str | None, url: str | None, **more: Any) -> Any:
         return self.row("set_notification_endpoint", name=name, url=url, **more)
 

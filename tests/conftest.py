@@ -18,6 +18,28 @@ from servers import ENGINES, Database, Engine, engine
 RUN = "PGCREDITS_TEST_RUN"  # the folder of this run's servers; workers inherit it
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="on PostgreSQL 18 alone, what runs in one transaction")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("fast"):
+        fast = [item for item in items if is_fast(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(fast)])
+        items[:] = fast
+
+
+def is_fast(item: pytest.Item) -> bool:
+    """Whether a test needs one connection to one server, and no random walk."""
+    asked = set(getattr(item, "fixturenames", ()))
+    return (
+        asked.isdisjoint({"database", "empty_database"})
+        and "shared" in asked
+        and "pg18" in item.name
+        and item.path.name not in {"test_ledger_model.py", "test_stripe_scenarios.py"}
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if RUN not in os.environ:
         folder = Path(f"/tmp/pgcredits-test-{os.getpid()}")

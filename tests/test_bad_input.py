@@ -134,6 +134,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "get_user_subscription_state": {"user_id": "alpha"},
     "update_subscription_cache": {"user_id": "alpha"},
     "get_cache_cleanup_history": {"n": 5},
+    "get_stripe_event": {"event_id": "evt_0"},
+    "set_setting": {"name": "past_due_grace", "value": Jsonb("3 days")},
+    "erase_account": {"account_id": "beta", "release_holds": True},
+    "import_opening_balances": {"balances": Jsonb([{"key": "1", "account_id": "new", "amount": 5}])},
     "set_job": {"name": "audit", "schedule": "0 5 * * *"},
     "list_job_runs": {"name": "audit", "max_rows": 5},
     "claim_job": {"runner": "one"},
@@ -247,6 +251,14 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("receive_stripe_event", "endpoint"): NEW_ACCOUNT,
     ("receive_stripe_event", "payload"): {
         INVALID: [None, "", " ", "null", "1", '"text"', "[]", '{"id": ', "{}{}", "{'id': 1}", '{"id": "\x01"}', LONG]
+    },
+    ("get_stripe_event", "event_id"): {(404, "event_not_found"): [None, "", "evt_unknown", LONG]},
+    ("set_setting", "name"): {(404, "setting_not_found"): [None, "", "Past_due_grace", LONG]},
+    ("set_setting", "value"): {
+        INVALID: [None, *map(Jsonb, (None, 7, "", "7", "-1 days", "soon", "infinity", ["7 days"], {}))]
+    },
+    ("import_opening_balances", "balances"): {
+        INVALID: [None, Jsonb(None), Jsonb({}), Jsonb(1), Jsonb("[]"), Jsonb([{}] * 10_001)]
     },
     ("replay_stripe_event", "event_id"): {(404, "event_not_found"): [None, "", "evt_unknown", LONG]},
     ("process_stripe_events", "max_events"): {INVALID: [None, 0, -1, 10_001, 2**31 - 1]},
@@ -378,6 +390,10 @@ MISTYPED: dict[tuple[str, str], str] = {
     ("list_purchases", "max_rows"): NOT_A_NUMBER,
     ("purchase_totals", "since"): NOT_A_TIME,
     ("purchase_totals", "until"): NOT_A_TIME,
+    ("set_setting", "value"): NOT_A_NUMBER,
+    ("erase_account", "release_holds"): NOT_A_NUMBER,
+    ("import_opening_balances", "balances"): NOT_A_NUMBER,
+    ("import_opening_balances", "dry_run"): NOT_A_NUMBER,
     ("set_auto_topup", "threshold"): NOT_A_NUMBER,
     ("set_auto_topup", "monthly_cap"): NOT_A_NUMBER,
     ("set_auto_topup", "daily_cap"): NOT_A_NUMBER,
@@ -527,7 +543,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
         "description", "subject", "member_id", "capability", "reason", "email", "kinds", "before_seq", "priority",
         "status", "type", "before", "livemode", "stripe_account", "body", "headers", "dry_run", "since", "until",
         "worker", "stripe_version", "attempt", "not_sent",
-        "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled",
+        "save_card", "allow_promotion_codes", "state", "target", "channels", "answer", "enabled", "release_holds",
         "repair", "after",
         "standby", "run_id", "remove", "elsewhere",
         "require_aud", "allow_anonymous", "may_buy",
@@ -537,6 +553,7 @@ def test_every_public_verb_and_argument_is_covered(ledger: Ledger) -> None:
     known -= {("claim_stripe_request", "request_id")}  # not there is not due
     known -= {("check_access", "quality"), ("check_access", "model")}  # a gate, not an error
     known |= {("reconcile_stripe", "since")}
+    known |= {(verb, "run_id") for verb in ("get_reconciliation", "list_stripe_gaps")}  # run_job takes any
     known |= {(verb, "member_id") for verb in ("set_member", "remove_member")}  # there it is no free text
     known |= {("set_notification_endpoint", "kinds"), ("retry_notifications", "target")}  # likewise
     known -= {

@@ -29,8 +29,8 @@ CALLS: dict[str, dict[str, Any]] = {
     "list_purchases": {},
     "create_checkout": {"package": "starter", "success_url": URL, "key": "k2"},
     "get_checkout": {"key": "k1"},
-    "get_portal_session": {"key": "p1"},
     "create_portal_session": {"return_url": URL, "key": "k1"},
+    "get_portal_session": {"key": "k1"},
 }
 CATALOGUE = {"list_packages", "list_plans"}  # of all accounts, for everybody who is signed in
 FOR_ALL = {"packages", "plans"}

@@ -70,6 +70,21 @@ def test_a_breach_is_seen(owner: Connection[Any], breach: str) -> None:
     assert any(finding in found for found, _ in violations(owner)), violations(owner)
 
 
+@pytest.mark.parametrize("role", ["credits_service", "credits_user"])
+def test_a_view_that_is_granted_can_be_read(owner: Connection[Any], role: str) -> None:
+    """A view calls functions with the rights of its reader."""
+    views = owner.execute(
+        "select c.oid::regclass::text from pg_class c"
+        " where c.relkind = 'v' and has_table_privilege(%s, c.oid, 'select')"
+        " and c.relnamespace in ('credits'::regnamespace, 'credits_api'::regnamespace)",
+        [role],
+    ).fetchall()
+    owner.execute(f"set role {role}".encode())
+    assert views
+    for (view,) in views:
+        owner.execute(f"select * from {view} limit 1".encode())
+
+
 def test_every_granted_function_is_described(owner: Connection[Any]) -> None:
     granted = owner.execute(
         """

@@ -23,6 +23,8 @@ from pgcredits.migrate import HOME
 JOBS = {
     "expire_grants", "expire_reservations", "grant_plan_credits", "apply_scheduled_changes", "retry_stripe_events",
     "refresh_stale_subscriptions", "subscription_cache_cleanup", "archive_stripe_events", "audit", "purge_job_history",
+    "run_auto_topups", "warn_expiring_credits", "purge_notifications", "reconcile_stripe", "refresh_totals",
+    "repeat_erasures",
 }  # fmt: skip
 SCHEDULES = [  # 31 January 2030 is a Thursday
     ("* * * * *", "2030-01-31 12:00:00", "2030-01-31 12:01"),
@@ -218,7 +220,8 @@ def test_a_job_that_fails_is_recorded_and_does_not_stop_the_rest(ledger: Ledger)
     ledger.now += 5 * MINUTE
     results = {row.name: row for row in ledger.run_due_jobs()}
     assert set(results) == {
-        "apply_scheduled_changes", "expire_grants", "expire_reservations", "grant_plan_credits", "retry_stripe_events"
+        "apply_scheduled_changes", "expire_grants", "expire_reservations", "grant_plan_credits", "retry_stripe_events",
+        "run_auto_topups",
     }  # fmt: skip
     assert (results["expire_grants"].outcome, results["expire_grants"].error) == ("failed", "division by zero")
     assert {row.outcome for name, row in results.items() if name != "expire_grants"} == {"done"}

@@ -376,10 +376,10 @@ def test_the_command_works_once_or_until_it_is_told_to_stop(
 # Starts workers by fork, so that one is at work within milliseconds. Nobody waits for those that are killed.
 NURSERY = """
 import asyncio, os, signal, sys
-from pgcredits import worker
+from pgcredits import outbox, worker
 from pgcredits.settings import Settings
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-worker.POLL = 0.05
+outbox.POLL = 0.05
 while sys.stdin.readline():
     if child := os.fork():
         print(child, flush=True)
