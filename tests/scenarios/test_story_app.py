@@ -1,6 +1,7 @@
 """The story app: plans at Stripe, a state validated before each use, a handler that is replaced while it runs."""
 
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from servers import Database
 from stripe_world import CATALOGUE, START, Event, Offer, World
 
 CATALOG = Path(__file__).parents[2] / "docs/examples/story-app.yaml"
+PAGE = CATALOG.with_suffix(".md")
 PLANS = {"individual": (999, 30), "team": (2999, 200), "custom": (4999, 500)}
 ENDPOINT = "stories"
 ISSUER = "https://story.example"
@@ -355,4 +357,7 @@ def operators(days: Days) -> None:
     ]
     assert ledger.purchase_totals() == []
     assert ledger.get_reconciliation().remaining == 3
+    for text in re.findall(r"```sql\n(.*?)```", PAGE.read_text().split("## What operators look at")[1], re.DOTALL):
+        days.work()
+        ledger.conn.execute(text.encode())
     assert_sound(ledger)
