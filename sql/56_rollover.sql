@@ -108,6 +108,9 @@ begin
     from credits.subscriptions s
     join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed'
    where s.account_id = (_rolled_over.balance).account_id and s.source = 'internal' and s.state in ('active', 'canceling');
+  if not found then
+    return;
+  end if;
   v_carry := credits._returned_late(_rolled_over.balance, v_sub, v_at);
   v_debt  := (_rolled_over.balance).debt
              - coalesce((select sum(d.paid) from credits._freed_at(_rolled_over.balance, v_at) d), 0);
