@@ -207,4 +207,7 @@ begin
          case when v_mends then credits._request_object(_note_gap.kind, _note_gap.object ->> 'id') end, credits.now()
    where v_gap is not null and _note_gap.object ->> 'id' is not null
   on conflict on constraint stripe_gaps_pkey do nothing;
+  -- Whoever missed the invoice may have missed what its subscription has become.
+  perform credits._ask_anew((credits._shape_invoice(_note_gap.object)).subscription_id)
+    where v_mends and v_gap = 'grant_missing';
 end $$;

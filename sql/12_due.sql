@@ -127,7 +127,9 @@ begin
     union all
     select null, m.kind, m.scope, m.expires_at, m.remaining - least(m.remaining, credits._debt_left(_lots_at.balance, _lots_at.at)),
            m.held
-      from credits._silent_month(_lots_at.balance, _lots_at.at) m;
+      from credits._silent_month(_lots_at.balance, _lots_at.at) m
+    union all
+    select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r;
 end $$;
 
 -- The present months of an account's plans that nobody has booked: only the next one is there as a pending grant, and an

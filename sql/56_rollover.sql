@@ -82,6 +82,116 @@ begin
   end if;
 end $$;
 
+-- What has rolled over into the present month of an account's own plan, as far as nobody has booked it: month by month, since
+-- what is left of one is the measure of the next.
+create or replace function credits._rolled_over(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.lot
+language plpgsql
+stable
+as $$
+declare
+  v_at    timestamptz := _rolled_over.at;
+  v_sub   credits.subscriptions;
+  v_next  credits.subscriptions;
+  v_plan  credits.plans;
+  v_debt  numeric;
+  v_paid  numeric;
+  v_carry numeric := 0;
+begin
+  if (_rolled_over.balance).next_due_at > v_at then
+    return;
+  end if;
+  select s.* into v_sub
+    from credits.subscriptions s
+    join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed'
+   where s.account_id = (_rolled_over.balance).account_id and s.source = 'internal' and s.state in ('active', 'canceling');
+  if not found then
+    return;
+  end if;
+  v_carry := credits._returned_late(_rolled_over.balance, v_sub, v_at);
+  v_debt  := (_rolled_over.balance).debt
+             - coalesce((select sum(d.paid) from credits._freed_at(_rolled_over.balance, v_at) d), 0);
+  while v_sub.period_end <= v_at and v_sub.state in ('active', 'canceling') loop
+    select p.* into v_plan from credits.plans p where p.code = v_sub.plan;
+    v_next  := credits._internal_at(v_sub, v_sub.period_end);
+    v_carry := v_carry + credits._unspent(_rolled_over.balance, v_sub, v_sub.period_end, v_at);
+    if not credits._granted_for(v_sub) and not credits._is_resting(v_sub, v_at) then
+      v_paid  := least(v_debt, v_plan.monthly_credits);
+      v_debt  := v_debt - v_paid;
+      v_carry := v_carry + v_plan.monthly_credits - v_paid;
+    end if;
+    v_carry := case when v_plan.rollover = 'none' or not credits._goes_on(v_next) then 0
+                    else least(v_carry, v_plan.rollover_cap) end;
+    v_sub := v_next;
+  end loop;
+  if v_carry > 0 then
+    return next row(null, 'plan', null, v_sub.period_end, v_carry, 0)::credits.lot;
+  end if;
+end $$;
+
+-- Whether a month that has begun has credits, with which others can roll over into it.
+create or replace function credits._goes_on(subscription credits.subscriptions)
+returns boolean
+language sql
+stable
+as $$
+  select (_goes_on.subscription).state in ('active', 'canceling')
+         and (credits._granted_for(_goes_on.subscription)
+              or credits._plan_credits((_goes_on.subscription).plan) > 0
+                 and not credits._is_resting(_goes_on.subscription, (_goes_on.subscription).period_start))
+$$;
+
+-- What has expired, or will have by a moment, of the plan credits that end at a boundary, with the holds that come back.
+create or replace function credits._unspent(
+  balance      credits.balances,
+  subscription credits.subscriptions,
+  ends         timestamptz,
+  at           timestamptz
+)
+returns numeric
+language sql
+stable
+as $$
+  select coalesce(sum(g.expired + g.remaining + coalesce(f.free, 0)), 0)
+    from credits.plan_grants p
+    join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id and g.kind = 'plan'
+    left join (select d.grant_id, sum(case when d.returned then d.amount else 0 end - d.paid) as free
+                 from credits._freed_at(_unspent.balance, _unspent.at) d
+                group by d.grant_id) f on f.grant_id = g.grant_id
+   where p.account_id = (_unspent.balance).account_id and p.subscription_id = (_unspent.subscription).subscription_id
+     and p.period_end = _unspent.ends
+$$;
+
+-- Holds of the month before the present one that have run out: more of that month rolls over than was booked.
+create or replace function credits._returned_late(
+  balance      credits.balances,
+  subscription credits.subscriptions,
+  at           timestamptz
+)
+returns numeric
+language sql
+stable
+as $$
+  select coalesce((
+    select greatest(0, least(u.credits, n.rollover_cap)
+                       - coalesce((select sum(g.amount)
+                                     from credits.plan_grants p
+                                     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
+                                    where p.account_id = s.account_id and p.subscription_id = s.subscription_id
+                                      and p.period_start = s.period_start and p.allowance_id = 'rollover'), 0))
+      from (select (_returned_late.subscription).*) s
+      join credits.plans n on n.code = s.plan and n.rollover <> 'none',
+           lateral (select credits._unspent(_returned_late.balance, _returned_late.subscription, s.period_start,
+                                            _returned_late.at) as credits) u
+     where credits._granted_for(_returned_late.subscription)
+       and exists (select from credits._freed_at(_returned_late.balance, _returned_late.at) d
+                     join credits.plan_grants p on p.account_id = s.account_id and p.grant_id = d.grant_id
+                    where p.period_end = s.period_start and d.returned and d.amount > d.paid)), 0)
+$$;
+
 -- A grant has started or ended at its time: if a subscription made it, the next slice is planned, refunds of what paid for it
 -- take their share, and what is left rolls over. Says whether more may fall due now.
 create or replace function credits._after_turn(

@@ -195,13 +195,13 @@ def test_a_punctual_and_a_late_look_end_in_the_same(ledger: Ledger, plan: str) -
     assert_sound(ledger)
 
 
-def something(ledger: Ledger, dice: random.Random) -> None:
+def something(ledger: Ledger, dice: random.Random, plans: list[str]) -> None:
     """Something happens to the account."""
     match dice.randrange(6):
         case 0:
-            ledger.change_plan("alpha", dice.choice(["basic", "pro"]), at=dice.choice(["now", "period_end"]))
+            ledger.change_plan("alpha", dice.choice(plans), at=dice.choice(["now", "period_end"]))
         case 1:
-            ledger.cancel_plan("alpha") if dice.random() < 0.3 else ledger.change_plan("alpha", "basic")
+            ledger.cancel_plan("alpha") if dice.random() < 0.3 else ledger.change_plan("alpha", plans[0])
         case 2:
             ledger.reserve("alpha", max(1, ledger.available() // 2), ledger.key(), ttl=DAY)
         case 3:
@@ -214,16 +214,17 @@ def something(ledger: Ledger, dice: random.Random) -> None:
             ledger.use(1)
 
 
-def test_a_read_is_what_a_booking_makes_of_it_after_any_silence(ledger: Ledger) -> None:
+@pytest.mark.parametrize("plans", [["basic", "pro", "zero"], ["all", "cap"], ["cap", "basic", "all", "zero"]])
+def test_a_read_is_what_a_booking_makes_of_it_after_any_silence(ledger: Ledger, plans: list[str]) -> None:
     for seed in range(20):
         dice = random.Random(seed)
         with ledger.conn.transaction(force_rollback=True):
             ledger.now = NOON
-            ledger.open_account("alpha", plan=dice.choice(["basic", "pro", "zero"]))
+            ledger.open_account("alpha", plan=dice.choice(plans))
             for _ in range(8):
                 ledger.now += dice.random() * 12 * DAY
                 with suppress(CreditsError):  # not all of it can be had
-                    something(ledger, dice)
+                    something(ledger, dice, plans)
             for _ in range(6):
                 ledger.now += dice.random() * 80 * DAY
                 read, seen = ledger.get_balance("alpha"), state(ledger)
@@ -495,6 +496,7 @@ def test_as_much_stays_as_the_cap_lets(ledger: Ledger) -> None:
 def test_months_of_silence_roll_over_one_after_the_other(ledger: Ledger, plan: str, expected: int) -> None:
     ledger.open_account("alpha", plan=plan)
     ledger.now = MONTHS[5]
+    assert ledger.available() == expected
     ledger.book()
     assert ledger.available() == expected
     assert_sound(ledger)

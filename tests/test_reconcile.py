@@ -76,6 +76,8 @@ def test_a_repair_ends_where_the_events_would_have(ledger: Ledger, shape: Any) -
     assert (row.state, row.checked, row.found, row.repaired, row.remaining) == ("done", 4, 4, 4, 0)
     assert {state for _, _, state in gaps(ledger)} == {"repaired"}
     assert (ledger.available("alpha"), ledger.available("beta")) == (500, 1000)
+    state = ledger.get_subscription_state("beta")
+    assert (state.state, state.plan) == ("active", "basic")
     (purchase,) = ledger.table("purchases")
     assert (purchase.status, purchase.amount_refunded) == ("partially_refunded", 500)
     assert_sound(ledger)
@@ -239,7 +241,7 @@ def test_repairs_and_their_events_at_once_grant_once(database: Database) -> None
                     bring(request, ledger)
                 else:
                     requests.append(request)
-        assert len(requests + ledger.claim_stripe_requests()) == 4
+        assert len(requests + ledger.claim_stripe_requests()) == 5
         together(
             database,
             [*(partial(bring, one) for one in requests), *(partial(tell, one.payload) for one in world.events)],
