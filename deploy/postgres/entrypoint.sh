@@ -2,7 +2,7 @@
 # POSTGRES_USER owns POSTGRES_DB and may make roles, and is no superuser. The superuser, postgres, has no password and
 # comes in from inside the container alone: docker-compose exec db psql
 set -eu
-: "${POSTGRES_USER:=credits_admin}" "${POSTGRES_DB:=product}"
+export POSTGRES_USER="${POSTGRES_USER:-credits_admin}" POSTGRES_DB="${POSTGRES_DB:-product}"
 data=/var/lib/postgresql/data/15
 new=$data.new
 
@@ -21,7 +21,10 @@ cron.database_name = 'postgres'
 cron.use_background_workers = on
 EOF
   pg_ctl -D "$new" -w -o "-c listen_addresses=''" start
-  psql --no-psqlrc -q -v ON_ERROR_STOP=1 -v name="$POSTGRES_USER" -v password="$POSTGRES_PASSWORD" -v db="$POSTGRES_DB" <<EOF
+  psql --no-psqlrc -q -v ON_ERROR_STOP=1 <<'EOF'
+\getenv name POSTGRES_USER
+\getenv password POSTGRES_PASSWORD
+\getenv db POSTGRES_DB
 create role :"name" login createrole password :'password';
 create database :"db" owner :"name";
 create extension pg_cron;
