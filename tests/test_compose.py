@@ -1,5 +1,6 @@
 """docker-compose.yml for real: images are built, a purchase, pg_cron, a crash, a restart. And what the file says."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -86,7 +87,9 @@ def images() -> None:
     """The images of docker-compose.yml, built by the engine of this machine."""
     if not shutil.which("docker") or ran("docker", "version", check=False).returncode:
         missing("docker", "no Docker engine answers")
-    ran(*compose(), "build", environment=secrets())
+    with (Path(os.environ["PGCREDITS_TEST_RUN"]) / "images.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what one worker has built another finds
+        ran(*compose(), "build", environment=secrets())
 
 
 def compose() -> list[str]:
