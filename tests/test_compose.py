@@ -128,7 +128,8 @@ def test_the_services_work_together_and_keep_what_they_have(project: Project) ->
 
     project.row("select credits.load_demo_catalog()")
     project.row("select credits.open_account('alpha')")
-    body = paid("alpha")
+    price, currency = project.row("select price, currency from credits.list_packages() where code = 'starter'")
+    body = paid("alpha", amount_subtotal=price, amount_total=price, currency=currency)
     for outcome in ("applied", "duplicate"):
         answer = httpx.post(
             project.url("PGCREDITS_PORT") + "/webhooks/stripe/default",
