@@ -1,6 +1,9 @@
 -- Run by `pgcredits rollback`, never by a deploy: takes away what sql/ has put there (views, routines, and the
 -- triggers and policies that need them), so that a migration's way back meets nothing but tables.
 -- A routine that a table's constraint, default or index needs belongs to the tables and stays.
+-- The schema for Hasura holds nothing but code, which no deploy brings back: deploy/hasura/credits_hasura.sql does.
+drop schema if exists credits_hasura cascade;
+
 do $$
 declare
   v_drop text;
@@ -12,7 +15,7 @@ begin
                case c.relkind when 'm' then 'materialized view' else 'view' end, c.oid::regclass)))
     from pg_catalog.pg_class c
     join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-    where n.nspname in ('credits', 'credits_api', 'credits_hasura')
+    where n.nspname in ('credits', 'credits_api')
       and c.relkind in ('v', 'm')
       and not exists (select from pg_catalog.pg_depend d
                       where d.classid = 'pg_class'::regclass and d.objid = c.oid and d.deptype = 'e')
@@ -25,7 +28,7 @@ begin
              pg_catalog.format('drop routine if exists %s cascade', p.oid::regprocedure)))
     from pg_catalog.pg_proc p
     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
-    where n.nspname in ('credits', 'credits_api', 'credits_hasura')
+    where n.nspname in ('credits', 'credits_api')
       and not exists (select from pg_catalog.pg_depend d
                       where d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e')
       and not exists (select from pg_catalog.pg_depend d
