@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 from servers import Database
 from stripe_world import START, World, later, prepare
 
-ACCOUNTS = int(os.environ.get("PGCREDITS_TEST_YEAR_ACCOUNTS", "60"))
+ACCOUNTS = int(os.environ.get("PGCREDITS_TEST_YEAR_ACCOUNTS", "120"))
 STEP = 1 if ACCOUNTS >= 10000 else 5  # days after which somebody looks
 OPENING = 14  # of them on which accounts are opened, as many on each
 STEPS = 365 // STEP + OPENING
