@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from api_support import ISSUER, furnish
-from five_ways import Case, check
+from five_ways import Case, check, postgrest
 from ledger_support import committed
 from servers import Database, Engine
 
@@ -93,3 +93,18 @@ NOT_THEIRS = [
 @pytest.mark.parametrize("cases", [OWN + REFUSED, VIEWS + NOT_THEIRS], ids=["calls", "views and strangers"])
 def test_all_ways_answer_alike(server: Engine, tmp_path: Path, cases: list[Case]) -> None:
     check(server, tmp_path, prepare, cases)
+
+
+def test_the_description_shows_our_comments(database: Database, tmp_path: Path) -> None:
+    """PostgREST describes the API in OpenAPI: every function and view with the first line of its comment."""
+    with database.connect("credits_owner") as conn:
+        described = conn.execute(
+            "select '/rpc/' || p.proname, split_part(obj_description(p.oid, 'pg_proc'), e'\\n', 1) from pg_proc p "
+            "where p.pronamespace = 'credits_api'::regnamespace union all "
+            "select '/' || c.relname, split_part(obj_description(c.oid, 'pg_class'), e'\\n', 1) from pg_class c "
+            "where c.relnamespace = 'credits_api'::regnamespace and c.relkind = 'v'"
+        ).fetchall()
+    with postgrest(database, tmp_path) as client:
+        page = client.get("/", headers={"Accept": "application/openapi+json"}).json()
+    paths = {path: {said["summary"] for said in told.values()} for path, told in page["paths"].items() if path != "/"}
+    assert paths == {path: {summary} for path, summary in described}
