@@ -357,7 +357,28 @@ def operators(days: Days) -> None:
     ]
     assert ledger.purchase_totals() == []
     assert ledger.get_reconciliation().remaining == 3
-    for text in re.findall(r"```sql\n(.*?)```", PAGE.read_text().split("## What operators look at")[1], re.DOTALL):
-        days.work()
-        ledger.conn.execute(text.encode())
+    reports(days, len(events))
     assert_sound(ledger)
+
+
+def reports(days: Days, events: int) -> None:
+    """Every statement that the page has for operators, and what it says of these days."""
+    section = PAGE.read_text().split("## What operators look at")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
+    shown: dict[str, list[Any]] = {}
+    for statement, source in re.findall(r"^(select [^;]* from credits\.(\w+)[^;]*;)", "".join(blocks), re.MULTILINE):
+        days.work()
+        shown[source] = days.ledger.query(statement)
+    assert len(shown) == "".join(blocks).count(";")
+    well = ("report_failed_events", "report_stripe_requests", "list_jobs", "audit")
+    assert [shown[name] for name in well] == [[]] * len(well)
+    by_day = shown["report_event_processing"]
+    assert sum(row.events for row in by_day) == events
+    assert min(row.success_rate for row in by_day) > 0.99
+    assert by_day[0].lag_95.total_seconds() < 2
+    assert [row.findings for row in shown["report_integrity"]] == [0]
+    assert [tuple(row) for row in shown["report_subscriptions"]] == [
+        ("active", "custom", 1, 0), ("active", "individual", 1, 0), ("active", "team", 2, 0),
+        ("canceled", "individual", 1, 1),
+    ]  # fmt: skip
+    assert sorted((row.kind, row.credits) for row in shown["report_liability"]) == [("bonus", 4), ("plan", 199)]
