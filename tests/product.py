@@ -1,4 +1,4 @@
-"""A product that lives on pgcredits: database, door, Stripe, a clock for all of them, and the page that it follows.
+"""A product that lives on pgcredits: database, door, Stripe, mail, one clock for all, and the page that it follows.
 
 Only what such a product has is used: webhooks over HTTP, verbs as credits_service, /rpc with tokens, the command line.
 """
@@ -7,9 +7,11 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, chdir, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -18,19 +20,24 @@ from unittest.mock import patch
 
 import httpx
 import pytest
+from aiosmtpd.controller import Controller
 from conftest import stop_clock
 from door import SECRET
-from five_ways import fits, forwarder
+from five_ways import SERVICE, fits, forwarder, token
 from ledger_support import Ledger, assert_sound
 from servers import Database
 from stripe_fake import KEY, Call
 from stripe_shop import Shop
-from stripe_world import Event, Offer, World
+from stripe_world import START, Event, Offer, World
+from test_notifier import Mailbox
 
-from pgcredits import cli
+from pgcredits import cli, outbox
 
+Json = dict[str, Any]
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXAMPLES = Path(__file__).resolve().parents[1] / "docs/examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "docs/examples"
+APRIL = datetime(2030, 4, 1, 12, tzinfo=UTC)  # which has 30 days
 
 
 class Till(Shop):
@@ -40,49 +47,61 @@ class Till(Shop):
         super().__init__("", SECRET)
         self.world, self.clock = world, lambda: float(world.now)
 
-    def _execute(self, call: Call) -> tuple[int, dict[str, Any]]:
+    def _execute(self, call: Call) -> tuple[int, Json]:
         status, said = super()._execute(call)
         if call.method == "GET" and status == 404:
             return self.world.get(call.path, call.params, self.world.now)
         return status, said
+
+    def _buy(self, session: Json, how: str) -> None:
+        if how != "expired":
+            session["customer"] = self.world.customer(session["client_reference_id"])
+        super()._buy(session, how)
 
     def add(self, about: str, kind: str, **more: Any) -> None:
         """Something that was made in the Dashboard."""
         known = {"id": about, "object": kind, "created": self.world.now, "active": True, "metadata": {}}
         self.objects[about] = {**known, "livemode": False, **more}
 
-    def bought(self, session_id: str) -> list[tuple[str, dict[str, Any]]]:
-        """A buyer pays at the page of a session: types and objects of what there is to tell."""
+    def visit(self, session_id: str, how: str, **changes: Any) -> None:
+        """A buyer at the page of a session pays, or lets it expire."""
         session = self.objects[session_id]
-        session["customer"] = self.world.customer(session["client_reference_id"])
-        self._buy(session, "paid")
+        session |= changes
+        self._buy(session, how)
+
+    def news(self) -> list[tuple[str, Json]]:
+        """Types and objects of what happened since the last time."""
         told, self._told = self._told, []
         return [(event_type, self.objects[about]) for event_type, about in told]
 
 
 class Product:
-    """The product, while the block lasts. backend calls the verbs as credits_service."""
+    """The product, while the block lasts. backend calls the verbs as credits_service, each a transaction of its own."""
 
-    def __init__(self, database: Database, name: str, **settings: Any) -> None:
+    endpoint = "default"
+
+    def __init__(self, database: Database, name: str, start: datetime = START, **settings: Any) -> None:
         self.database, self.settings = database, settings
         self.catalogue = EXAMPLES / f"{name}.yaml"
         self.page = (EXAMPLES / f"{name}.md").read_text()
         self.world = World(offers={})
-        self.tokens: dict[str, str] = {}  # what $NAME in a command of the page stands for
-        self.names: dict[str, Any] = {}  # what the page's Python defines
+        self.world.now = int(start.timestamp())
+        self.tokens = {"BACKEND": token(**SERVICE)}  # what $NAME in a command of the page stands for
+        self.names: Json = {}  # what the page's Python defines
         self.heard: set[str] = set()  # types of the events that were posted
+        self._followed: set[str] = set()
         self._told = self._numbers = self._shown = 0
-        self._sections = dict(re.findall(r"^## (.*)\n((?:(?!^## ).*\n?)*)", self.page, re.MULTILINE))
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
+        self._stack.enter_context(patch.object(outbox, "POLL", 0.1))  # the door sends soon what it is to send
         self.conn = self._stack.enter_context(self.database.connect(autocommit=True))
-        self._owner = self._stack.enter_context(self.database.connect("credits_owner", autocommit=True))
+        self.owner = self._stack.enter_context(self.database.connect("credits_owner", autocommit=True))
         self.backend = Ledger(self.conn, at=None)
         self.turn()
         self.till = self._stack.enter_context(Till(self.world))
         stripe = {"stripe_key": KEY, "stripe_api_base": self.till.url, "pool_size": 4}
-        self.door = self._stack.enter_context(forwarder(self.database, **stripe, **self.settings))
+        self.door = self._stack.enter_context(forwarder(self.database, **{**stripe, **self.settings}))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -96,11 +115,12 @@ class Product:
 
     def _at(self, second: int) -> None:
         if second != self._shown:  # a new clock makes every connection plan anew
-            stop_clock(self._owner, datetime.fromtimestamp(second, UTC))
+            stop_clock(self.owner, datetime.fromtimestamp(second, UTC))
             self._shown = second
 
     def wait(self, **span: float) -> None:
-        """Days, hours or seconds pass, for everybody."""
+        """Time passes, for everybody; what is on its way arrives before, or it would be late and sent again."""
+        until(lambda: not any(self.backend.list_notifications(state=state) for state in ("pending", "sent")))
         self.world.wait(**span)
         self.turn()
 
@@ -111,15 +131,25 @@ class Product:
             assert {row.outcome for row in ran} <= {"running", "done"}, ran
             ran = self.backend.run_due_jobs() if any(row.more for row in ran) else []
 
-    # Stripe ----------------------------------------------------------------------------------------------------------
+    def job(self, name: str) -> int:
+        """Run a job to its end; how much it did."""
+        done = 0
+        while True:
+            row = self.backend.run_job(name)
+            assert row.outcome in {"running", "done"}, row
+            done += int(row.rows_done)
+            if not row.more:
+                return done
 
-    def command(self, *words: str) -> int:
-        """A command line of the product's developer, in this process; its exit code."""
-        stripe = {"STRIPE_API_BASE": self.till.url, "STRIPE_SECRET_KEY": KEY}
-        argv = ["pgcredits", *words, "--dsn", self.database.dsn]
-        with patch.dict(os.environ, stripe), patch.object(sys, "argv", argv), pytest.raises(SystemExit) as left:
+    def command(self, line: str) -> None:
+        """The product's developer gives a command; it succeeds."""
+        known = {"PGCREDITS_DSN": self.database.dsn, "STRIPE_API_BASE": self.till.url, "STRIPE_SECRET_KEY": KEY}
+        argv = patch.object(sys, "argv", line.split())
+        with chdir(ROOT), patch.dict(os.environ, known), argv, pytest.raises(SystemExit) as left:
             cli.main()
-        return int(left.value.code or 0)
+        assert left.value.code in {0, None}, line
+
+    # Stripe ----------------------------------------------------------------------------------------------------------
 
     def offer(self, price_id: str, amount: int, interval: str) -> None:
         """Let the world sell at a price that there is at Stripe."""
@@ -135,24 +165,48 @@ class Product:
         recurring = {"interval": interval, "interval_count": 1, "usage_type": "licensed"}  # a form knows only texts
         self.world.put("price", price_id, recurring=recurring)
 
-    def post(self, event_type: str, about: Mapping[str, Any]) -> str:
-        """An event of Stripe, signed, over HTTP; its outcome."""
+    def event(self, event_type: str, about: Mapping[str, Any]) -> str:
+        """An event of Stripe as it is posted."""
         self._numbers += 1
         event = {"id": f"evt_shop_{self._numbers}", "object": "event", "type": event_type, "created": self.world.now}
-        return self.deliver(json.dumps({**event, "livemode": False, "data": {"object": about}}))
+        return json.dumps({**event, "livemode": False, "data": {"object": about}})
 
     def deliver(self, payload: str) -> str:
-        """A webhook; its outcome. Every one comes twice, as Stripe may have it, and counts once."""
+        """A webhook; its outcome. Every one comes twice, as Stripe may have it; what did not go well is tried again."""
         self.heard.add(json.loads(payload)["type"])
-        first, again = self.door.post(payload.encode()), self.door.post(payload.encode())
+        first, again = (self.door.post(payload.encode(), endpoint=self.endpoint) for _ in range(2))
         assert (first.status_code, again.status_code) == (200, 200), first.text
-        assert again.json()["outcome"] == "duplicate", again.text
         outcome: str = first.json()["outcome"]
+        assert again.json()["outcome"] == (outcome if outcome in {"parked", "failed"} else "duplicate"), again.text
         return outcome
 
-    def pay(self, session_id: str) -> list[str]:
-        """A buyer pays a package at the page of a session; the outcomes of what is told of it."""
-        return [self.post(event_type, about) for event_type, about in self.till.bought(session_id)]
+    def post(self, event_type: str, about: Mapping[str, Any], outcome: str = "applied") -> None:
+        """An event about an object, of which the outcome is known."""
+        assert self.deliver(self.event(event_type, about)) == outcome, event_type
+
+    def tell(self) -> list[str]:
+        """The webhooks of what happened since the last time, in the world, each at its time, and at the till; types."""
+        events = self.news()
+        for event in events:
+            self._at(event.created)
+            outcome = self.deliver(event.payload)
+            assert outcome in {"applied", "ignored"}, (event.type, outcome)
+        self.turn()
+        sold = self.till.news()
+        for event_type, about in sold:
+            self.post(event_type, about)
+        return [event.type for event in events] + [event_type for event_type, _ in sold]
+
+    def news(self) -> list[Event]:
+        """What the world has told since the last time."""
+        events = self.world.events[self._told :]
+        self._told += len(events)
+        return events
+
+    def visit(self, session_id: str, how: str = "paid", **changes: Any) -> list[str]:
+        """A buyer pays at the page of a session, or lets it expire; types of what is told of it."""
+        self.till.visit(session_id, how, **changes)
+        return self.tell()
 
     def subscribe(self, session_id: str) -> str:
         """A buyer takes a plan at the page of a session; the subscription, of which all is told."""
@@ -165,19 +219,8 @@ class Product:
         session |= {"status": "complete", "payment_status": "paid", "customer": self.world.customer(account)}
         session |= {"subscription": subscription, "invoice": invoice}
         self.tell()
-        assert self.post("checkout.session.completed", session) == "applied"
+        self.post("checkout.session.completed", session)
         return subscription
-
-    def tell(self) -> list[Event]:
-        """The webhooks of what has happened in the world since the last time, each at its own time."""
-        events = self.world.events[self._told :]
-        self._told += len(events)
-        for event in events:
-            self._at(event.created)
-            outcome = self.deliver(event.payload)
-            assert outcome in {"applied", "ignored"}, (event.type, outcome)
-        self.turn()
-        return events
 
     # Users -----------------------------------------------------------------------------------------------------------
 
@@ -192,55 +235,97 @@ class Product:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def end(self, *accounts: str) -> None:
-        """Every number can be proved, and all that the page shows was done."""
+    def refusal(self, who: str, call: str, schema: str = "credits_api", **arguments: Any) -> tuple[int, str]:
+        """Status and code of one that is."""
+        answer = self.rpc(who, call, schema, **arguments)
+        return answer.status_code, answer.json()["message"]
+
+    def told(self, kind: str) -> list[Any]:
+        """Notifications of a kind, the oldest first."""
+        return list(reversed(self.backend.list_notifications(kind=kind)))
+
+    def sound(self, *accounts: str, parked: int = 0) -> None:
+        """Every number can be proved, and nothing is wrong anywhere."""
         for account in accounts:
             assert self.backend.prove_balance(account).ok
         assert not self.backend.list_stripe_events(status="failed")
-        assert not self.backend.list_stripe_events(status="parked")
+        assert len(self.backend.list_stripe_events(status="parked")) == parked
+        assert self.job("audit") == 0
         assert_sound(self.backend)
-        left = [heading for heading, section in self._sections.items() if BLOCKS.search(section)]
+
+    def end(self, *accounts: str, parked: int = 0) -> None:
+        """It is sound, and all that the page shows was done."""
+        self.sound(*accounts, parked=parked)
+        left = [block for _, block in BLOCKS.findall(self.page) if block not in self._followed]
         assert not left, f"nobody followed {left}"
 
     # The page --------------------------------------------------------------------------------------------------------
 
-    def follow(self, heading: str) -> None:
-        """Do what a section of the page says, in its order, and compare what it shows."""
-        done = 0
-        for language, block in BLOCKS.findall(self._sections.pop(heading)):
-            done += {"sql": self._sql, "sh": self._curl, "python": self._python}[language](block)
-        assert done, heading
+    def follow(self, heading: str, number: int | None = None) -> None:
+        """Do what a section of the page says, in its order, or one block of it, and compare what it shows."""
+        section = self.page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        ways = {"sql": self._sql, "sh": self._curl, "python": self._python, "console": self._console}
+        blocks = BLOCKS.findall(section)
+        assert blocks, heading
+        for language, block in blocks if number is None else [blocks[number]]:
+            ways[language](block)
+            self._followed.add(block)
 
-    def _sql(self, block: str) -> int:
-        statements = re.findall(r"^(\w[^;]*;)\s+-- (.*)$", block, re.MULTILINE)
-        assert len(statements) == block.count(";\n") + len(re.findall(r"; +--", block)), block
+    def _sql(self, block: str) -> None:
+        statements = re.findall(r"^(\w[^;]*;)(?:\s+-- (.*))?$", block, re.MULTILINE)
+        assert len(statements) == len(re.findall(r"^\w", block, re.MULTILINE)) > 0, block
         for statement, expected in statements:
-            rows = self.conn.execute(statement).fetchall()
-            shown = " / ".join(
-                " | ".join(str(value)[0].lower() if isinstance(value, bool) else str(value) for value in row)
-                for row in rows
-            )
+            conn = self.owner if "credits.settings" in statement else self.conn
+            cursor = conn.execute(statement)
+            rows = cursor.fetchall() if cursor.description else []
+            shown = " / ".join(" | ".join(map(as_shown, row)) for row in rows)
             assert shown == expected, statement
-        return len(statements)
 
-    def _curl(self, block: str) -> int:
+    def _curl(self, block: str) -> None:
         calls = re.findall(r"^(curl .*)\n# (\d+) (.*)$", block.replace("\\\n", ""), re.MULTILINE)
-        assert len(calls) == block.count("curl "), block
+        assert len(calls) == block.count("curl ") > 0, block
         for command, status, body in calls:
             words = shlex.split(re.sub(r"\$(?!DOOR)(\w+)", lambda name: self.tokens[name[1]], command))
             assert words[1].startswith("$DOOR/"), command
             given = [*zip(words[2::2], words[3::2], strict=True)]
-            headers = {
-                "Content-Type": "application/json",
-                **dict(value.split(": ", 1) for flag, value in given if flag == "-H"),
-            }
-            data = dict(given).get("-d")
-            path = words[1].removeprefix("$DOOR")
-            answer = self.door.http.request("GET" if data is None else "POST", path, content=data, headers=headers)
+            headers = dict(value.split(": ", 1) for flag, value in given if flag == "-H")
+            data, path = dict(given).get("-d"), words[1].removeprefix("$DOOR")
+            method = "GET" if data is None else "POST"
+            headers |= {} if data is None else {"Content-Type": "application/json"}
+            answer = self.door.http.request(method, path, content=data, headers=headers)
             assert answer.status_code == int(status), (command, answer.text)
             assert fits(json.loads(body), answer.json()), (command, answer.text)
-        return len(calls)
 
-    def _python(self, block: str) -> int:
+    def _console(self, block: str) -> None:
+        for line in block.splitlines():
+            self.command(line)
+
+    def _python(self, block: str) -> None:
         exec(compile(block, self.catalogue.stem, "exec"), self.names)  # noqa: S102 - our own page
-        return 1
+
+
+def as_shown(value: Any) -> str:
+    """A value as the page prints it."""
+    return str(value)[0].lower() if isinstance(value, bool) else str(value)
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    """Wait for the door, which does its errands beside."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+@contextmanager
+def mail_server() -> Iterator[tuple[Mailbox, Json]]:
+    """A mail server on this machine: what it got, and the settings by which the door uses it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    mailbox = Mailbox()
+    server = Controller(mailbox, hostname="127.0.0.1", port=port)
+    server.start()
+    try:
+        yield mailbox, {"smtp_url": f"smtp://127.0.0.1:{port}", "mail_from": "credits@example.com"}
+    finally:
+        server.stop()

@@ -4,92 +4,77 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from email.utils import format_datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
-import pytest
-import yaml
-from door import Door
-from five_ways import AUDIENCE, forwarder, token
-from ledger_support import DAY, Ledger, assert_sound, committed, refused, same
-from psycopg import Connection, sql
+from five_ways import AUDIENCE, token
+from ledger_support import DAY, refused, same
+from product import Product
+from psycopg import sql
 from psycopg.types.json import Jsonb
 from servers import Database
-from stripe_world import CATALOGUE, START, Event, Offer, World
+from stripe_world import START, Event, Offer, World
 
-CATALOG = Path(__file__).parents[2] / "docs/examples/story-app.yaml"
-PAGE = CATALOG.with_suffix(".md")
 PLANS = {"individual": (999, 30), "team": (2999, 200), "custom": (4999, 500)}
-ENDPOINT = "stories"
 ISSUER = "https://story.example"
 
 
-class Days:
-    """The app, its users and its operators, Stripe beside them, and a clock that runs from where it is turned to."""
+class Days(Product):
+    """The app, its users and operators; all of Stripe is a world, and the clock runs from where it is turned to."""
 
-    def __init__(self, ledger: Ledger, owner: Connection[Any], door: Door, world: World) -> None:
-        self.ledger, self.owner, self.door, self.world = ledger, owner, door, world
-        self.ahead = timedelta(0)
-        self.told = 0  # events of the world that were looked at
+    endpoint = "stories"
+
+    def __init__(self, database: Database) -> None:
+        super().__init__(database, "story-app", stripe_key="")  # the door asks nothing: see answer
+        offers = {name: Offer(amount, price={"credits": str(credits_)}) for name, (amount, credits_) in PLANS.items()}
+        self.world = World("old", offers=offers)  # which tells what an app asked for years ago
+        self.world.untold ^= {"invoice.paid", "invoice.payment_succeeded", "customer.created"}
+        self.ahead = 0.0
         self.calls: list[float] = []
 
-    def wait(self, **some: float) -> None:
-        """Time passes, the jobs run, and Stripe answers what it is asked."""
-        self.world.wait(**some)
-        self.work()
-
-    def work(self) -> None:
-        """The clock is that of the world; what is due is done."""
-        self.turn()
-        for _ in range(20):
-            busy = any(row.more for row in self.ledger.run_due_jobs())
-            if not (self.answer() or busy):
-                return
-        raise AssertionError("this never comes to rest")
-
-    def turn(self) -> None:
-        """Forward to the world's moment; from there the clock runs, so that what is stored tells how long it took."""
-        ahead = self.world.moment - datetime.now(UTC)
+    def _at(self, second: int) -> None:
+        """Forward to a second; from there the clock runs, so that what is stored tells how long it took."""
+        ahead = second - time.time()
         if ahead > self.ahead:
             self.ahead = ahead
             self.owner.execute(
                 sql.SQL("create or replace function credits.now() returns timestamptz language sql as {}").format(
-                    sql.Literal(f"select clock_timestamp() + interval '{ahead.total_seconds()} seconds'")
+                    sql.Literal(f"select clock_timestamp() + interval '{ahead} seconds'")
                 )
             )
 
-    def news(self) -> list[Event]:
-        """What Stripe has told since it was last asked."""
-        events = self.world.events[self.told :]
-        self.told += len(events)
-        return events
+    def wait(self, **span: float) -> None:
+        """Time passes, the jobs run, and Stripe answers what it is asked."""
+        super().wait(**span)
+        self.work()
 
-    def deliver(self, lost: Sequence[Event] = ()) -> Counter[str]:
+    def work(self) -> None:
+        """What is due by the world's clock is done."""
+        self.turn()
+        for _ in range(20):
+            self.jobs()
+            if not self.answer():
+                return
+        raise AssertionError("this never comes to rest")
+
+    def hear(self, lost: Sequence[Event] = ()) -> Counter[str]:
         """Stripe posts its news, but for what gets lost: how many had which outcome."""
         self.turn()
-        outcomes = Counter(self.post(event.payload) for event in self.news() if event not in lost)
+        outcomes = Counter(self.deliver(event.payload) for event in self.news() if event not in lost)
         self.work()
         return outcomes
 
-    def post(self, payload: str) -> str:
-        answer = self.door.post(payload.encode(), endpoint=ENDPOINT)
-        assert answer.status_code == 200, answer.text
-        outcome: str = answer.json()["outcome"]
-        return outcome
-
     def answer(self) -> int:
         """Stripe answers what is due; how much that was."""
-        requests = self.ledger.claim_stripe_requests(100)
+        requests = self.backend.claim_stripe_requests(100)
         for request in requests:
             status, body = self.show(request)
             date = Jsonb({"Date": format_datetime(self.world.moment, usegmt=True), "Request-Id": "req_1"})
-            self.ledger.complete_stripe_request(
+            self.backend.complete_stripe_request(
                 request.request_id, status, httpx.Response(200, json=body).text, headers=date
             )
         return len(requests)
@@ -102,50 +87,23 @@ class Days:
     def use(self, account: str, credits_: int, story: str) -> Any:
         """A story is generated: the state is validated, credits are spent, once."""
         began = time.perf_counter()
-        row = self.ledger.use_credits_validated(
+        row = self.backend.use_credits_validated(
             account, credits_, description="story", metadata=Jsonb({"idempotency_key": story})
         )
         self.calls.append(time.perf_counter() - began)
         return row
 
-    def mine(self, account: str, function: str, **arguments: Any) -> httpx.Response:
-        """A user asks from the browser, with a token."""
-        bearer = token(iss=ISSUER, sub=f"user-{account}")
-        return self.door.http.post(f"/rpc/{function}", json=arguments, headers={"Authorization": f"Bearer {bearer}"})
-
     def state(self, account: str) -> Any:
-        return self.ledger.get_user_subscription_state(account)
+        return self.backend.get_user_subscription_state(account)
 
     def events(self, **which: Any) -> list[Any]:
-        return self.ledger.list_stripe_events(**{"max_rows": 1000, **which})
+        return self.backend.list_stripe_events(**{"max_rows": 1000, **which})
 
 
-@contextmanager
-def app(database: Database, world: World) -> Iterator[Days]:
-    with (
-        committed(database) as ledger,
-        database.connect("credits_owner", autocommit=True) as owner,
-        forwarder(database) as door,
-    ):
-        days = Days(ledger, owner, door, world)
-        days.turn()
-        ledger.apply_catalog(yaml.safe_load(CATALOG.read_text()))
-        ledger.set_issuer(ISSUER, audiences=[AUDIENCE])
-        yield days
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    """Stripe, as an app meets it that asked for invoice.payment_succeeded years ago."""
-    for name, (amount, credits_) in PLANS.items():
-        monkeypatch.setitem(CATALOGUE, name, Offer(amount, price={"credits": str(credits_)}))
-    world = World("old")
-    world.untold ^= {"invoice.paid", "invoice.payment_succeeded", "customer.created"}
-    return world
-
-
-def test_a_story_app(database: Database, world: World) -> None:
-    with app(database, world) as days:
+def test_a_story_app(database: Database) -> None:
+    with Days(database) as days:
+        days.command("pgcredits catalog apply docs/examples/story-app.yaml")
+        days.backend.set_issuer(ISSUER, audiences=[AUDIENCE])
         subscriptions = beside_the_old_handler(days)
         the_switch(days, subscriptions)
         stories(days)
@@ -154,18 +112,20 @@ def test_a_story_app(database: Database, world: World) -> None:
         new_users(days)
         ends(days, subscriptions)
         operators(days)
+        days.sound("alpha", "beta", "gamma", "delta", "epsilon")
 
 
 def beside_the_old_handler(days: Days) -> dict[str, str]:
     """Ten days in shadow: everything is seen and nothing is changed."""
-    ledger, world = days.ledger, days.world
-    ledger.set_stripe_endpoint(ENDPOINT, mode="shadow")
+    ledger, world = days.backend, days.world
+    ledger.set_stripe_endpoint(days.endpoint, mode="shadow")
     users = dict(zip(("alpha", "beta", "gamma"), PLANS, strict=True))
     for account in users:
         ledger.open_account(account)
         ledger.link_identity(account, ISSUER, f"user-{account}")
+        days.tokens[account] = token(iss=ISSUER, sub=f"user-{account}")
     subscriptions = {account: world.subscribe(account, plan) for account, plan in users.items()}
-    assert set(days.deliver()) == {"ignored"}
+    assert set(days.hear()) == {"ignored"}
     assert {row.reason for row in days.events()} == {"shadow"}
     would = [row.effects for row in days.events(type="invoice.payment_succeeded")]
     granted = [one["amount"] for effects in would for one in effects if one["effect"] == "grant"]
@@ -177,12 +137,12 @@ def beside_the_old_handler(days: Days) -> dict[str, str]:
 
 def the_switch(days: Days, subscriptions: dict[str, str]) -> None:
     """The balances of the old system, then its endpoint, then what lives on."""
-    ledger, world = days.ledger, days.world
+    ledger, world = days.backend, days.world
     days.wait(days=10)
     for account, left in (("alpha", 18), ("beta", 145), ("gamma", 500)):
         ends = datetime.fromtimestamp(world.facts[subscriptions[account]]["end"], UTC)
         ledger.grant_credits(account, left, kind="plan", expires_at=ends, description="Moved", key="opening")
-    ledger.set_stripe_endpoint(ENDPOINT, mode="live")
+    ledger.set_stripe_endpoint(days.endpoint, mode="live")
     kinds = ("customer.created", "customer.subscription.created", "customer.subscription.updated")
     known = [row for kind in kinds for row in reversed(days.events(type=kind))]
     assert {ledger.replay_stripe_event(row.event_id).outcome for row in known} == {"applied"}
@@ -195,7 +155,7 @@ def the_switch(days: Days, subscriptions: dict[str, str]) -> None:
 
 def stories(days: Days) -> None:
     """A story costs credits, a double click costs them once, one that fails costs nothing."""
-    ledger = days.ledger
+    ledger = days.backend
     first = days.use("alpha", 10, "story:1")
     assert (first.state, first.available, first.subscription["plan"]) == ("active", 8, "individual")
     assert days.use("alpha", 10, "story:1").replayed
@@ -206,15 +166,15 @@ def stories(days: Days) -> None:
     assert (back.amount, back.available) == (8, 8)
     assert same(back, ledger.refund_spend("alpha", "story:3", reason="The pictures failed.", key="story:3"))
 
-    assert days.mine("alpha", "get_balance").json()["available"] == 8
-    assert days.mine("alpha", "get_subscription_state").json()["plan"] == "individual"
-    assert days.mine("alpha", "get_balance", account_id="beta").status_code == 404
+    assert days.ask("alpha", "get_balance")["available"] == 8
+    assert days.ask("alpha", "get_subscription_state")["plan"] == "individual"
+    assert days.rpc("alpha", "get_balance", account_id="beta").status_code == 404
     assert days.door.http.post("/rpc/get_balance", json={}).status_code == 401
 
 
 def load(days: Days) -> None:
     """Half an hour of readers and writers: each page asks for the state, each story validates it."""
-    ledger = days.ledger
+    ledger = days.backend
     before = ledger.get_subscription_cache_status()
     for minute in range(0, 30, 2):
         for account in ("alpha", "beta", "gamma"):
@@ -240,27 +200,28 @@ def load(days: Days) -> None:
 
 def renewals(days: Days, subscriptions: dict[str, str]) -> None:
     """A month turns: one invoice comes, the webhook of one is missed, and one cannot be understood."""
-    ledger, world = days.ledger, days.world
+    ledger, world = days.backend, days.world
     of = {world.renew(subscription): account for account, subscription in subscriptions.items()}
     paid = {
-        of[json.loads(event.payload)["data"]["object"]["id"]]: event
-        for event in world.events[days.told :]
+        of[invoice]: event
+        for event in world.events
         if event.type == "invoice.payment_succeeded"
+        and (invoice := json.loads(event.payload)["data"]["object"]["id"]) in of
     }
     days.owner.execute("alter table credits.allowances add constraint of_a_bad_deploy check (credits <> 500)")
-    assert days.deliver(lost=[paid["beta"]]) == {"applied": 4, "failed": 1}
+    assert days.hear(lost=[paid["beta"]]) == {"applied": 4, "failed": 1}
     assert [ledger.available(account) for account in subscriptions] == [30, 0, 0]
 
     missed = next(invoice for invoice, account in of.items() if account == "beta")
     by_hand = ledger.add_subscription_credits("cus_beta", missed, subscriptions["beta"], 200, description="Missed")
     assert (by_hand.amount, by_hand.replayed, ledger.available("beta")) == (200, False, 200)
-    assert days.post(paid["beta"].payload) == "applied"  # and grants nothing more
+    assert days.deliver(paid["beta"].payload) == "applied"  # and grants nothing more
     assert ledger.available("beta") == 200
 
     (failed,) = days.events(status="failed")
     assert "of_a_bad_deploy" in failed.error
     days.wait(minutes=30)  # trying again does not help
-    assert days.events(status="failed")[0].attempts > 1
+    assert days.events(status="failed")[0].attempts > failed.attempts
     days.owner.execute("alter table credits.allowances drop constraint of_a_bad_deploy")
     assert ledger.replay_stripe_event(failed.event_id).outcome == "applied"
     assert ledger.replay_stripe_event(failed.event_id).outcome == "applied"  # and does nothing twice
@@ -269,7 +230,7 @@ def renewals(days: Days, subscriptions: dict[str, str]) -> None:
 
 def new_users(days: Days) -> None:
     """One comes by Checkout; of another nobody told us, and the nightly comparison finds it."""
-    ledger, world = days.ledger, days.world
+    ledger, world = days.backend, days.world
     for account in ("delta", "epsilon"):
         ledger.open_account(account, email=f"{account}@example.com")
         asked = ledger.get_or_create_stripe_customer(account)
@@ -277,7 +238,7 @@ def new_users(days: Days) -> None:
         days.work()
         assert ledger.get_or_create_stripe_customer(account).customer_id == f"cus_{account}"
     world.subscribe("delta", "individual")
-    assert set(days.deliver()) == {"applied"}
+    assert set(days.hear()) == {"applied"}
     assert ledger.available("delta") == 30
 
     world.wait(hours=1)
@@ -297,34 +258,34 @@ def new_users(days: Days) -> None:
 
 def ends(days: Days, subscriptions: dict[str, str]) -> None:
     """Canceled but usable until the period ends; unpaid and refused, until it is paid."""
-    ledger, world = days.ledger, days.world
+    ledger, world = days.backend, days.world
     world.cancel(subscriptions["alpha"], at_period_end=True)
-    days.deliver()
+    days.hear()
     assert days.state("alpha")["state"] == "canceling"
     days.use("alpha", 20, "story:4")
     world.finish(subscriptions["alpha"])
-    days.deliver()
+    days.hear()
     assert (days.state("alpha")["state"], ledger.available("alpha")) == ("canceled", 0)
     with refused(402, "insufficient_credits", required=1, available=0):
         days.use("alpha", 1, "story:5")
 
     unpaid = world.renew(subscriptions["beta"], paid=False)
-    days.deliver()
+    days.hear()
     ledger.grant_credits("beta", 5, description="For the trouble", key="trouble")
     assert days.use("beta", 1, "story:6").state == "past_due"  # in its grace
     world.wait(days=8)
     world.move(subscriptions["beta"], "unpaid")
-    days.deliver()
+    days.hear()
     with refused(403, "subscription_inactive", state="unpaid"):
         days.use("beta", 1, "story:7")
     world.pay(unpaid)
-    days.deliver()
+    days.hear()
     assert (days.use("beta", 1, "story:7").state, ledger.available("beta")) == ("active", 203)
 
 
 def operators(days: Days) -> None:
     """What the operators ask by the day, the week and the month, and what they were promised."""
-    ledger = days.ledger
+    ledger = days.backend
     days.wait(hours=1)
     events = days.events()
     assert len(events) == len({row.event_id for row in events}) > 30
@@ -357,7 +318,27 @@ def operators(days: Days) -> None:
     ]
     assert ledger.purchase_totals() == []
     assert ledger.get_reconciliation().remaining == 3
-    for text in re.findall(r"```sql\n(.*?)```", PAGE.read_text().split("## What operators look at")[1], re.DOTALL):
+    reports(days, len(events))
+
+
+def reports(days: Days, events: int) -> None:
+    """Every statement that the page has for operators, and what it says of these days."""
+    section = days.page.split("## What operators look at")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sql\n(.*?)```", section, re.DOTALL)
+    shown: dict[str, list[Any]] = {}
+    for statement, source in re.findall(r"^(select [^;]* from credits\.(\w+)[^;]*;)", "".join(blocks), re.MULTILINE):
         days.work()
-        ledger.conn.execute(text.encode())
-    assert_sound(ledger)
+        shown[source] = days.backend.query(statement)
+    assert len(shown) == "".join(blocks).count(";")
+    well = ("report_failed_events", "report_stripe_requests", "list_jobs", "audit")
+    assert [shown[name] for name in well] == [[]] * len(well)
+    by_day = shown["report_event_processing"]
+    assert sum(row.events for row in by_day) == events
+    assert min(row.success_rate for row in by_day) > 0.99
+    assert by_day[0].lag_95.total_seconds() < 2
+    assert [row.findings for row in shown["report_integrity"]] == [0]
+    assert [tuple(row) for row in shown["report_subscriptions"]] == [
+        ("active", "custom", 1, 0), ("active", "individual", 1, 0), ("active", "team", 2, 0),
+        ("canceled", "individual", 1, 1),
+    ]  # fmt: skip
+    assert sorted((row.kind, row.credits) for row in shown["report_liability"]) == [("bonus", 4), ("plan", 199)]

@@ -7,7 +7,7 @@ import yaml
 from client import CreditsError
 from five_ways import token
 from ledger_support import DAY, MINUTE, committed, refused
-from product_support import EXAMPLES, START, Product
+from product import APRIL, EXAMPLES, Product
 from servers import Database
 
 from pgcredits import migrate
@@ -31,8 +31,8 @@ def words(count: int) -> str:
     return "word " * count
 
 
-def test_the_months_of_a_testimonials_platform(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Product(database, "testimonials", monkeypatch) as platform:
+def test_the_months_of_a_testimonials_platform(database: Database) -> None:
+    with Product(database, "testimonials", APRIL) as platform:
         organisations_come(platform)
         the_catalogue_is_what_the_document_says(platform)
         platform.follow("Members and their tokens")
@@ -119,7 +119,7 @@ def models_fail(platform: Product) -> None:
     )
     assert platform.backend.sums("org_1") == (576, 5, 581, 0)
     assert [row["reservation_id"] for row in platform.ask("ORG_1", "list_reservations")] == ["lost"]
-    platform.wait(6 * MINUTE)
+    platform.wait(minutes=6)
     assert platform.ask("ORG_1", "get_balance")["available"] == 581
     assert platform.job("expire_reservations") == 1
     assert platform.job("expire_reservations") == 0
@@ -129,7 +129,7 @@ def models_fail(platform: Product) -> None:
 
 def limits_hold(platform: Product) -> None:
     """Three calls a minute for free, forty credits a month for one member, and never more than there is."""
-    platform.wait(MINUTE)
+    platform.wait(minutes=1)
     for number in range(3):
         platform.backend.authorize_usage("org_2", "analyze", usage_id=f"a{number}")
         assert platform.backend.settle_usage("org_2", f"a{number}").charged == 1
@@ -137,7 +137,7 @@ def limits_hold(platform: Product) -> None:
         platform.backend.authorize_usage("org_2", "analyze", usage_id="a3")
     found = platform.ask("ORG_2", "check_access", capability="analyze")
     assert (found["gate"], found["code"], found["detail"]["used"]) == ("rate_limit", "rate_limited", 3)
-    platform.wait(MINUTE)
+    platform.wait(minutes=1)
     platform.names["draft"](platform.conn, "org_2", None, 1, str, quality="fast")
     with refused(402, "insufficient_credits", required=5, available=2):
         platform.names["draft"](platform.conn, "org_2", None, 2, str, quality="fast")
@@ -172,7 +172,7 @@ def packages_are_bought(platform: Product) -> None:
         ("org_2", "medium", 2900),
         ("org_2", "large", 11900),
     ):
-        platform.tell("checkout.session.completed", {
+        platform.post("checkout.session.completed", {
             "id": f"cs_{package}", "object": "checkout.session", "mode": "payment", "status": "complete",
             "payment_status": "paid", "amount_subtotal": amount, "amount_total": amount, "currency": "usd",
             "customer": f"cus_{organization}", "payment_intent": f"pi_{package}", "livemode": False,
@@ -186,16 +186,16 @@ def packages_are_bought(platform: Product) -> None:
 
 def plans_change(platform: Product) -> None:
     """Up at once, for the rest of the month; down when it ends; and what is left of the plan ends with it."""
-    platform.wait(START + 15 * DAY - platform.now)
+    platform.wait(seconds=(APRIL + 15 * DAY - platform.world.moment).total_seconds())
     platform.follow("Up at once")
     best = platform.names["draft"](platform.conn, "org_1", "user_1", 7, str, quality="premium")
     assert best == "max"
     platform.backend.change_plan("org_1", "team")
     assert platform.backend.sums("org_1") == (1061, 0, 1061, 0)
-    platform.wait(15 * DAY - MINUTE)
+    platform.wait(days=15, minutes=-1)
     platform.follow("Down at the end of the month", 0)
     assert platform.backend.sums("org_1") == (1061, 0, 1061, 0)
-    platform.wait(MINUTE)
+    platform.wait(minutes=1)
     platform.follow("Down at the end of the month", 1)
     assert [platform.job(name) for name in ("apply_scheduled_changes", "grant_plan_credits")] == [1, 2]
     platform.follow("Down at the end of the month", 1)
