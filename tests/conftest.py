@@ -77,6 +77,7 @@ def idle(shared: Database) -> Iterator[dict[str, Connection[Any]]]:
 def borrowed(shared: Database, idle: dict[str, Connection[Any]], role: str) -> Iterator[Connection[Any]]:
     """An idle connection, or a new one, in a transaction that is rolled back."""
     conn = idle.pop(role, None) or shared.connect(role)
+    conn.execute("select 1")  # or the first conn.transaction() of the test would be the outermost, and commit
     yield conn
     if not conn.closed:
         conn.rollback()

@@ -287,7 +287,10 @@ def by_javascript(url: str, cases: Sequence[Case]) -> list[Answer]:
 
 def by_python(url: str, cases: Sequence[Case]) -> list[Answer]:
     """The package postgrest. It does not tell the status of an answer, so its connection is overheard."""
-    with httpx.Client(base_url=url, timeout=30) as http:
+    fresh = httpx.Limits(
+        max_keepalive_connections=0
+    )  # PostgREST may close a connection that was kept just when it is used
+    with httpx.Client(base_url=url, timeout=30, limits=fresh) as http:
         return [_by_python(http, case) for case in cases]
 
 
