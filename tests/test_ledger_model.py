@@ -654,7 +654,7 @@ def test_random_operations_agree_with_the_model(shared: Database) -> None:
     run_state_machine_as_test(
         partial(LedgerMachine, shared),  # type: ignore[arg-type]  # any callable that makes one will do
         settings=settings(
-            max_examples=40,
+            max_examples=30,
             stateful_step_count=50,
             deadline=None,
             report_multiple_bugs=False,

@@ -197,7 +197,7 @@ def test_any_order_ends_in_one_state(ledger: Ledger, name: str, shape: Shape) ->
         tell_in_time(ledger, world)
         expected = state(ledger)
         assert_outcome(ledger, outcome)
-    for number, order in enumerate(orders(world, random, samples=4)):
+    for number, order in enumerate(orders(world, random, samples=2)):
         with undone(ledger):
             ledger.now = world.moment + MINUTE
             tell(ledger, world, order, random if number % 5 == 2 else None)
