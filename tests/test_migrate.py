@@ -136,6 +136,7 @@ def outside_a_transaction(home: Path) -> None:
     (home / "migrations" / "9999.broken.sql").write_text("-- transactional: false\nvacuum;")
 
 
+@pytest.mark.parametrize("server", ["pg15"], indirect=True)
 @pytest.mark.parametrize(
     ("do_break", "says"),
     [

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 from five_ways import SERVICE, Case, check
 from ledger_support import committed
 from psycopg.types.json import Jsonb
@@ -214,9 +215,14 @@ VERBS = [
 ]
 
 
+ONE_ENGINE = pytest.mark.parametrize("server", ["pg15"], indirect=True)  # test_ways_in.py is on both
+
+
+@ONE_ENGINE
 def test_functions(server: Engine, tmp_path: Path) -> None:
     check(server, tmp_path, prepare, FUNCTIONS + REFUSALS)
 
 
+@ONE_ENGINE
 def test_views_and_verbs(server: Engine, tmp_path: Path) -> None:
     check(server, tmp_path, prepare, VIEWS + VERBS)
