@@ -408,7 +408,8 @@ def test_the_door_and_the_command_line(database: Database) -> None:
         due(ledger, 2, batch=1)
         with Door(database.dsn, role="credits_service", jobs=True):
             for _ in range(500):
-                if {row.outcome for row in ledger.list_job_runs()} == {"done"} and len(ledger.list_job_runs()) == 10:
+                ran = {row.outcome for row in ledger.list_job_runs()}
+                if ran == {"done"} and runs(ledger, "expire_grants") == [("done", 2, 3)]:
                     break
                 time.sleep(0.02)
             assert runs(ledger, "expire_grants") == [("done", 2, 3)]
@@ -419,10 +420,11 @@ def test_the_door_and_the_command_line(database: Database) -> None:
         ledger.change(
             "update credits.jobs set next_run_at = clock_timestamp() where name in ('expire_grants', 'audit')"
         )
-        ran = invoke("run", database)
-        assert (ran.exit_code, sorted(ran.stdout.splitlines())) == (
-            1, ["audit: done, 0", "expire_grants: failed, 0 out of order"]
-        )  # fmt: skip
+        result = invoke("run", database)
+        lines = set(result.stdout.splitlines())
+        assert result.exit_code == 1
+        assert {"audit: done, 0", "expire_grants: failed, 0 out of order"} <= lines  # and what this minute brings
+        assert not [line for line in lines if "failed" in line and not line.startswith("expire_grants")]
         with pytest.raises(psycopg.Error, match="cron_unavailable") as caught:
             invoke("schedule", database)
         assert str(caught.value.diag.message_hint).startswith("It lives in one database of a server")

@@ -553,7 +553,7 @@ class LedgerMachine(RuleBasedStateMachine):
     ) -> None:  # fmt: skip
         book = self.books[account_id]
         if name in book.holds:
-            name = f"r{self.number()}"
+            name = f"another {self.number()}"
 
         def expected() -> Decimal:
             book.check_active()
