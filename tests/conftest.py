@@ -18,6 +18,9 @@ from servers import ENGINES, Database, Engine, engine
 RUN = "PGCREDITS_TEST_RUN"  # the folder of this run's servers; workers inherit it
 
 
+SLOW = {"test_ledger_model", "test_plans", "test_stripe_scenarios", "test_subscription_machine", "test_ways"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="on PostgreSQL 18 alone, what runs in one transaction")
 
@@ -36,7 +39,7 @@ def is_fast(item: pytest.Item) -> bool:
         asked.isdisjoint({"database", "empty_database"})
         and "shared" in asked
         and "pg18" in item.name
-        and item.path.name not in {"test_ledger_model.py", "test_stripe_scenarios.py"}
+        and item.path.stem not in SLOW
     )
 
 

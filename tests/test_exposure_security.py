@@ -329,7 +329,7 @@ def test_a_page_of_one_account_among_many_rows_is_read_by_an_index(ledger: Ledge
                                          available_after, hash)
             select n / 1000 + 10, now(), case n % 1000 when 0 then 'alpha' else 'account-' || n % 1000 end,
                    'spend', 'spend', -1, 0, 0, ''
-              from generate_series(1, 200000) n
+              from generate_series(1, 1000000) n
             """
         )
         ledger.conn.execute("analyze credits.entries")
