@@ -54,10 +54,11 @@ class Crew:
         """Do what is due until stop is set, or with once until nothing is; then finish what is in flight."""
         stopping = asyncio.create_task(stop.wait())
         while not stop.is_set():
+            idle = not self._running  # what ends while the database is asked may have written more
             rows = await due(IN_FLIGHT - len(self._running)) if self.has_room(IN_FLIGHT) else []
             for row in rows or []:
                 self.start(row)
-            if once and not self._running:
+            if once and idle and not self._running:
                 break
             pause = TROUBLE if rows is None else POLL
             await asyncio.wait({stopping, *self._running}, timeout=pause, return_when=asyncio.FIRST_COMPLETED)

@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 from servers import Database
 from stripe_fake import KEY, StripeFake
 
-from pgcredits import worker
+from pgcredits import outbox, worker
 from pgcredits.db import Database as Pool
 from pgcredits.settings import Settings
 
@@ -302,6 +302,33 @@ def test_workers_share_what_there_is(database: Database, ledger: Ledger, fake: S
     assert fake.effects == {f"pgc-{number}": 1 for number in numbers}
     assert len(fake.calls) == 60
     assert {row.state for row in ledger.table("stripe_requests")} == {"done"}
+
+
+def test_once_sees_what_was_written_while_it_asked() -> None:
+    """What answers a claim may be older than the end of the last one in flight, and than what that one wrote."""
+    left, ended, done = [{"row": 1}], asyncio.Event(), []
+
+    async def do(row: dict[str, Any]) -> None:
+        done.append(row["row"])
+        if row["row"] == 1:
+            left.append({"row": 2})
+        ended.set()
+
+    async def due(free: int) -> list[dict[str, Any]]:
+        claimed = left[:free]
+        del left[:free]
+        if not claimed and not ended.is_set():
+            await ended.wait()
+            await asyncio.sleep(0)
+        return claimed
+
+    async def drained() -> None:
+        crew = outbox.Crew(do)
+        crew.start(left.pop())
+        await crew.drain(due, asyncio.Event(), once=True)
+
+    asyncio.run(drained())
+    assert done == [1, 2]
 
 
 def test_a_lease_that_ran_out_is_taken_over(database: Database, ledger: Ledger, fake: StripeFake) -> None:
