@@ -167,6 +167,28 @@ def test_nothing_is_repaired_that_no_endpoint_would_apply(ledger: Ledger) -> Non
     assert ledger.available("alpha") == 1000
 
 
+def test_what_was_seen_in_shadow_is_left_to_a_replay(ledger: Ledger) -> None:
+    """Another handler has granted it, and the balances that were brought in have it."""
+    world = World()
+    ledger.set_stripe_endpoint("default", mode="shadow")
+    bought, invoice, refund = unheard(world)
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    ledger.set_stripe_endpoint("default", mode="live")
+    missed = world.buy("alpha")
+    row = run(ledger, world, repair=True)
+    assert (row.found, row.repaired, row.remaining, row.foreign_objects) == (5, 1, 3, 1)
+    assert {gap.object_id: (gap.state, gap.reason) for gap in ledger.list_stripe_gaps()} == {
+        bought: ("open", "shadow"), "cs_2": ("open", "shadow"), invoice: ("open", "shadow"),
+        missed: ("repaired", None), refund: ("foreign", None),
+    }  # fmt: skip
+    assert (ledger.available("alpha"), ledger.available("beta")) == (1000, 0)
+    (event,) = ledger.table("stripe_events", "object_id = %s and type = 'checkout.session.completed'", bought)
+    assert ledger.replay_stripe_event(event.event_id).outcome == "applied"
+    assert ledger.available("alpha") == 2000
+    assert (bought, "purchase_missing", "arrived") in gaps(ledger)
+
+
 def test_one_run_at_a_time_and_the_window_is_a_setting(ledger: Ledger) -> None:
     ledger.change("update credits.settings set value = '\"5 days\"' where name = 'reconcile_window'")
     first = ledger.reconcile_stripe()

@@ -1,0 +1,2 @@
+set local role credits_owner;
+drop index credits.stripe_events_in_shadow;
