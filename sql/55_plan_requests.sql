@@ -29,6 +29,8 @@ begin
     case when _request_plan.plan = v_sub.plan then 'release_plan' when _request_plan.at = 'now' then 'change_plan'
          when v_schedule is null then 'schedule_plan' else 'schedule_phases' end));
   if _request_plan.plan = v_sub.plan then
+    perform credits._fail_in_progress(v_sub.subscription_id)
+      where credits._open_request('change_plan', v_sub.subscription_id) is not null;
     perform credits._request('release_plan', v_sub.subscription_id, 'post',
                              '/v1/subscription_schedules/' || v_schedule || '/release', '{}', v_sub.account_id)
       where v_schedule is not null;
@@ -36,10 +38,9 @@ begin
        set pending_plan = null, pending_at = null
      where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
   elsif _request_plan.at = 'now' then
-    perform credits._request('change_plan', v_sub.subscription_id, 'post', '/v1/subscriptions/' || v_sub.subscription_id,
+    perform credits._request_change('change_plan', v_sub, 'post',
       jsonb_build_object('items', jsonb_build_array(jsonb_build_object('id', v_item, 'price', v_price)),
-                         'proration_behavior', 'always_invoice', 'payment_behavior', 'pending_if_incomplete'),
-      v_sub.account_id);
+                         'proration_behavior', 'always_invoice', 'payment_behavior', 'pending_if_incomplete'));
   else
     update credits.subscriptions s
        set pending_plan = _request_plan.plan, pending_at = s.period_end
@@ -66,6 +67,37 @@ as $$
      set state = 'failed', error_type = 'withdrawn', finished_at = credits.now()
    where r.ref = _withdraw.subscription_id and r.purpose = any (_withdraw.purposes)
      and r.state = 'queued' and r.first_sent_at is null
+$$;
+
+-- What was sent stands, and what Stripe makes of it is not known: another word now would be answered with success and never said.
+create or replace function credits._request_change(
+  purpose      text,
+  subscription credits.subscriptions,
+  method       text,
+  params       jsonb
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_ref     text := (_request_change.subscription).subscription_id;
+  v_request bigint;
+begin
+  v_request := credits._request(_request_change.purpose, v_ref, _request_change.method, '/v1/subscriptions/' || v_ref,
+                                _request_change.params, (_request_change.subscription).account_id);
+  perform credits._fail_in_progress(v_ref)
+     from credits.stripe_requests r
+    where r.request_id = v_request and (r.method, r.params) <> (_request_change.method, _request_change.params);
+end $$;
+
+create or replace function credits._fail_in_progress(subscription_id text)
+returns void
+language sql
+stable
+as $$
+  select credits._fail(409, 'plan_change_in_progress',
+                       jsonb_build_object('subscription_id', _fail_in_progress.subscription_id),
+                       'Stripe is being asked for another change. Once it has answered, ask again.')
 $$;
 
 -- The second step: what runs stays until the period's end, then the pending plan takes over and the schedule lets go.
@@ -96,11 +128,9 @@ returns void
 language sql
 as $$
   select credits._withdraw((_request_cancel.subscription).subscription_id, array['resume_plan']);
-  select credits._request('cancel_plan', (_request_cancel.subscription).subscription_id,
+  select credits._request_change('cancel_plan', _request_cancel.subscription,
            case _request_cancel.at when 'now' then 'delete' else 'post' end,
-           '/v1/subscriptions/' || (_request_cancel.subscription).subscription_id,
-           case _request_cancel.at when 'now' then '{}' else '{"cancel_at_period_end": true}' end::jsonb,
-           (_request_cancel.subscription).account_id)
+           case _request_cancel.at when 'now' then '{}' else '{"cancel_at_period_end": true}' end::jsonb)
 $$;
 
 create or replace function credits._request_resume(subscription credits.subscriptions)
@@ -108,9 +138,7 @@ returns void
 language sql
 as $$
   select credits._withdraw((_request_resume.subscription).subscription_id, array['cancel_plan']);
-  select credits._request('resume_plan', (_request_resume.subscription).subscription_id, 'post',
-           '/v1/subscriptions/' || (_request_resume.subscription).subscription_id,
-           '{"cancel_at_period_end": false}', (_request_resume.subscription).account_id)
+  select credits._request_change('resume_plan', _request_resume.subscription, 'post', '{"cancel_at_period_end": false}')
 $$;
 
 -- Schedules ---------------------------------------------------------------------------------------------------------

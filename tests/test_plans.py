@@ -691,6 +691,31 @@ def test_of_several_words_before_stripe_was_asked_the_last_one_counts(subscriber
             assert counts(wanted(ledger)[-1]), wanted(ledger)
 
 
+def test_what_stripe_is_being_asked_stands_and_another_word_is_refused(subscriber: Ledger) -> None:
+    """Until it has answered: or the second word would be taken, answered with success, and never said to Stripe."""
+    ledger = subscriber
+    ledger.change("update credits.plans set stripe_price_ids = '{price_max}' where code = 'max'")
+    stories: list[tuple[Callable[[], Any], list[Callable[[], Any]]]] = [
+        (
+            partial(ledger.change_plan, "alpha", "pro"),
+            [partial(ledger.change_plan, "alpha", "max"), partial(ledger.change_plan, "alpha", "basic")],
+        ),
+        (partial(ledger.cancel_plan, "alpha"), [partial(ledger.cancel_plan, "alpha", at="now")]),
+    ]
+    for first, others in stories:
+        with ledger.conn.transaction(force_rollback=True):
+            first()
+            ledger.change("update credits.stripe_requests set state = 'sent', first_sent_at = run_at where state = 'queued'")
+            for other in others:
+                with ledger.unchanged(), refused(409, "plan_change_in_progress"):
+                    other()
+            with ledger.unchanged("stripe_requests", "subscription_cache"):
+                first()
+            ledger.change("update credits.stripe_requests set state = 'done' where state = 'sent'")
+            others[0]()
+            assert len(wanted(ledger)) == 1
+
+
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:
     for at in ("now", "period_end"):
         with subscriber.unchanged(), refused(404, "price_not_found", plan="max"):
