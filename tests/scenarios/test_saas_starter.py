@@ -139,7 +139,7 @@ def months_and_a_year(starter: Product) -> None:
         starter.wait(days=days)
         sign_in(starter)
         assert starter.ask("USER2", "get_balance")["by_kind"]["plan"] == 1000
-    starter.jobs()
+    assert starter.scheduled()["expire_grants"] == 2
     assert starter.backend.sums("beta") == (2500, 0, 2500, 0)
 
     starter.command("pgcredits stripe sync")

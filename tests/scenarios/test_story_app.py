@@ -191,7 +191,9 @@ def load(days: Days) -> None:
         days.state(account)
     assert ledger.get_subscription_cache_status().entries == 3
     earlier = len(ledger.get_cache_cleanup_history(n=100))
-    days.wait(minutes=20)
+    Product.wait(days, minutes=20)  # and nobody but the schedule does the jobs
+    assert days.scheduled()["subscription_cache_cleanup"] == 3
+    days.work()
     assert ledger.get_subscription_cache_status().entries == 0
     cleanups = ledger.get_cache_cleanup_history(n=100)[:-earlier]
     assert (sum(row.removed for row in cleanups), {row.scope for row in cleanups}) == (3, {"expired"})

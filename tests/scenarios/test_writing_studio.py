@@ -102,7 +102,7 @@ def a_book_is_written(studio: Product) -> None:
     studio.follow("What a book has cost")
     studio.wait(minutes=16)
     assert studio.ask("USER", "get_balance")["available"] == 4674  # before any job has looked
-    studio.jobs()
+    assert studio.scheduled()["expire_reservations"] == 1
     assert studio.ask("USER", "list_reservations") == []
 
     studio.follow("Not enough credits")
