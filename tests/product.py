@@ -318,8 +318,7 @@ class Product:
         statements = re.findall(r"^(\w[^;]*;)(?:\s+-- (.*))?$", block, re.MULTILINE)
         assert len(statements) == len(re.findall(r"^\w", block, re.MULTILINE)) > 0, block
         for statement, expected in statements:
-            conn = self.owner if "credits.settings" in statement else self.conn
-            cursor = conn.execute(statement)
+            cursor = self.conn.execute(statement)
             rows = cursor.fetchall() if cursor.description else []
             shown = " / ".join(" | ".join(map(as_shown, row)) for row in rows)
             assert shown == expected, statement
@@ -349,7 +348,7 @@ class Product:
 
 def as_shown(value: Any) -> str:
     """A value as the page prints it."""
-    return str(value)[0].lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value)[0].lower() if isinstance(value, bool) else str(value)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

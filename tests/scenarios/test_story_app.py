@@ -112,6 +112,7 @@ def test_a_story_app(database: Database) -> None:
         new_users(days)
         ends(days, subscriptions)
         operators(days)
+        the_page_is_understood(days)
         days.sound("alpha", "beta", "gamma", "delta", "epsilon")
 
 
@@ -321,6 +322,19 @@ def operators(days: Days) -> None:
     assert ledger.purchase_totals() == []
     assert ledger.get_reconciliation().remaining == 3
     reports(days, len(events))
+
+
+def the_page_is_understood(days: Days) -> None:
+    """Every statement of the page names what there is, and what a backend may call; these days have shown what they do."""
+    with days.database.admin() as admin:
+        admin.execute("create table users (id text, email text)")
+        admin.execute("create table old_balances (id text, credits_left numeric, period_end timestamptz)")
+        admin.execute("grant select on users, old_balances to credits_service")
+    blocks = re.findall(r"```sql\n(.*?)```", days.page, re.DOTALL)
+    statements = re.sub(r"--.*", "", "".join(blocks)).split(";")[:-1]
+    assert len(statements) > 25
+    for statement in statements:
+        days.conn.execute(f"explain {statement}".encode())
 
 
 def reports(days: Days, events: int) -> None:
