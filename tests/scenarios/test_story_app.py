@@ -325,7 +325,7 @@ def operators(days: Days) -> None:
 
 
 def the_page_is_understood(days: Days) -> None:
-    """Every statement of the page names what there is, and what a backend may call; these days have shown what they do."""
+    """Every statement of the page names what there is and what a backend may call. These days have shown the rest."""
     with days.database.admin() as admin:
         admin.execute("create table users (id text, email text)")
         admin.execute("create table old_balances (id text, credits_left numeric, period_end timestamptz)")
