@@ -10,6 +10,7 @@ import shlex
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager
 from datetime import UTC, datetime
@@ -19,12 +20,14 @@ from typing import Any, Self
 from unittest.mock import patch
 
 import httpx
+import psycopg
 import pytest
 from aiosmtpd.controller import Controller
 from conftest import stop_clock
 from door import SECRET
 from five_ways import SERVICE, fits, forwarder, token
 from ledger_support import Ledger, assert_sound
+from psycopg import Connection
 from servers import Database
 from stripe_fake import KEY, Call
 from stripe_shop import Shop
@@ -37,6 +40,12 @@ Json = dict[str, Any]
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs/examples"
+CRON_TURN = 90  # seconds: a minute until it wakes, and what the jobs take
+TURN = """
+select d.jobid, d.status, d.return_message from cron.job_run_details d join cron.job j using (jobid)
+ where j.database = %s"""
+ENTRIES = "select from cron.job where jobname like 'pgcredits %% of ' || %s"
+WORKERS = "select from pg_stat_activity where datname = current_database() and backend_type = 'pg_cron'"
 APRIL = datetime(2030, 4, 1, 12, tzinfo=UTC)  # which has 30 days
 
 
@@ -82,6 +91,7 @@ class Product:
 
     def __init__(self, database: Database, name: str, start: datetime = START, **settings: Any) -> None:
         self.database, self.settings = database, settings
+        self.cron_dsn = database.engine.cron_dsn
         self.catalogue = EXAMPLES / f"{name}.yaml"
         self.page = (EXAMPLES / f"{name}.md").read_text()
         self.world = World(offers={})
@@ -131,6 +141,38 @@ class Product:
             assert {row.outcome for row in ran} <= {"running", "done"}, ran
             ran = self.backend.run_due_jobs() if any(row.more for row in ran) else []
 
+    def scheduled(self) -> dict[str, int]:
+        """All that is due is done, on PostgreSQL 15 by the real pg_cron; how many rows each job did."""
+        last = max((row.run_id for row in self.backend.list_job_runs(max_rows=1)), default=0)
+        if self.cron_dsn:
+            self.cron(self.cron_dsn)
+        else:
+            self.jobs()
+        runs = [row for row in self.backend.list_job_runs(max_rows=1000) if row.run_id > last]
+        assert {row.outcome for row in runs} == {"done"}, runs
+        assert {row.runner for row in runs} <= ({"pg_cron 1", "pg_cron 2"} if self.cron_dsn else {"somebody"}), runs
+        done: Counter[str] = Counter()
+        for row in runs:
+            done[row.name] += row.rows_done
+        return done
+
+    def cron(self, dsn: str) -> None:
+        """pg_cron has the jobs for one turn: it wakes with the next minute, and nobody else does any of them."""
+        with psycopg.connect(dsn, autocommit=True) as cron, self.database.admin() as admin:
+            self.command("pgcredits jobs schedule")
+            try:
+                until(lambda: self.turned(cron), CRON_TURN)
+            finally:
+                self.command("pgcredits jobs unschedule")
+            assert not cron.execute(ENTRIES, [self.database.name]).fetchall()
+            until(lambda: not admin.execute(WORKERS).fetchall())  # a minute may have turned meanwhile
+
+    def turned(self, cron: Connection[Any]) -> bool:
+        """Whether both of its workers have been through."""
+        runs = cron.execute(TURN, [self.database.name]).fetchall()
+        assert "failed" not in {status for _, status, _ in runs}, runs
+        return len({entry for entry, status, _ in runs if status == "succeeded"}) == 2
+
     def job(self, name: str) -> int:
         """Run a job to its end; how much it did."""
         done = 0
@@ -144,6 +186,7 @@ class Product:
     def command(self, line: str) -> None:
         """The product's developer gives a command; it succeeds."""
         known = {"PGCREDITS_DSN": self.database.dsn, "STRIPE_API_BASE": self.till.url, "STRIPE_SECRET_KEY": KEY}
+        known |= {"PGCREDITS_CRON_DSN": self.cron_dsn} if self.cron_dsn else {}
         argv = patch.object(sys, "argv", line.split())
         with chdir(ROOT), patch.dict(os.environ, known), argv, pytest.raises(SystemExit) as left:
             cli.main()
@@ -275,8 +318,7 @@ class Product:
         statements = re.findall(r"^(\w[^;]*;)(?:\s+-- (.*))?$", block, re.MULTILINE)
         assert len(statements) == len(re.findall(r"^\w", block, re.MULTILINE)) > 0, block
         for statement, expected in statements:
-            conn = self.owner if "credits.settings" in statement else self.conn
-            cursor = conn.execute(statement)
+            cursor = self.conn.execute(statement)
             rows = cursor.fetchall() if cursor.description else []
             shown = " / ".join(" | ".join(map(as_shown, row)) for row in rows)
             assert shown == expected, statement
@@ -306,7 +348,7 @@ class Product:
 
 def as_shown(value: Any) -> str:
     """A value as the page prints it."""
-    return str(value)[0].lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value)[0].lower() if isinstance(value, bool) else str(value)
 
 
 def until(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -22,6 +22,14 @@ TEMPLATE = "pgcredits_template"
 # A vacuum in the middle of a long test would change its plans to those for an empty table.
 CONF = "fsync = off\nfull_page_writes = off\nmax_connections = 200\nautovacuum = off\n"
 DEBIAN = Path("/usr/lib/postgresql/15")
+PG_CRON = Path("/usr/share/postgresql/15/extension/pg_cron.control")
+# Its launcher stays in this one database, which therefore is none that tests make and drop.
+CRON = """
+shared_preload_libraries = 'pg_cron'
+cron.database_name = 'postgres'
+cron.use_background_workers = on
+max_worker_processes = 20
+"""
 ENGINES = ["pg18", "pg15"]
 _numbers = itertools.count(1)
 
@@ -31,6 +39,17 @@ def missing(what: str, reason: str) -> None:
     if what in os.environ.get("PGCREDITS_TEST_REQUIRE", "").split(","):
         pytest.fail(f"{what} is required here: {reason}")
     pytest.skip(reason)
+
+
+def has_cron(install: Path) -> bool:
+    """Whether servers of these programs preload pg_cron."""
+    return install == DEBIAN and PG_CRON.exists()
+
+
+def need_cron() -> None:
+    """What comes next needs the real pg_cron."""
+    if not has_cron(DEBIAN):
+        missing("pg_cron", "postgresql-15-cron is not installed")
 
 
 @dataclass
@@ -74,6 +93,14 @@ class Engine:
     install: Path
     server: embedded.Server
 
+    @property
+    def cron_dsn(self) -> str | None:
+        """The owner's login to the database in which pg_cron lives; none on the embedded server, which is without."""
+        if self.install != DEBIAN:
+            return None
+        need_cron()
+        return make_conninfo(self.server.dsn, dbname="postgres")
+
     @contextmanager
     def database(self, template: str = TEMPLATE) -> Iterator[Database]:
         """A fresh database made from template, dropped afterwards."""
@@ -97,6 +124,10 @@ class Engine:
             admin.execute(sql.SQL("drop database if exists {} with (force)").format(name))
             admin.execute(sql.SQL("create database {} owner {}").format(name, sql.Identifier(OWNER)))
             migrate.migrate(unfinished.dsn)
+            if has_cron(self.install):  # beside, with the rights that the manual gives
+                admin.execute("create extension if not exists pg_cron")
+                admin.execute(f"grant usage on schema cron to {OWNER}".encode())
+                admin.execute(f"grant execute on function cron.schedule_in_database to {OWNER}".encode())
             # Tests act as each of these; in production nobody is a member of all.
             options = " with set true, inherit true" if admin.info.server_version >= 160000 else ""
             for role in ("credits_service", "credits_user"):
@@ -110,7 +141,8 @@ def engine(name: str, folder: Path) -> Iterator[Engine]:
     install = embedded.packaged() if name == "pg18" else DEBIAN
     if not (install / "bin" / "postgres").exists():
         missing("postgresql15", f"no PostgreSQL 15 in {install}")
-    with embedded.start(folder / name, install, conf=CONF) as server, (folder / f"{name}.template").open("w") as lock:
+    conf = CONF + CRON if has_cron(install) else CONF
+    with embedded.start(folder / name, install, conf=conf) as server, (folder / f"{name}.template").open("w") as lock:
         running = Engine(name, install, server)
         fcntl.flock(lock, fcntl.LOCK_EX)
         running.prepare()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from client import Client
+from product import as_shown
 from psycopg import Connection
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def test_the_statements_of_the_manual_answer_what_it_prints(page: str, client: C
     for statement, expected in statements:
         row = conn.execute(statement).fetchone()
         assert row
-        shown = " | ".join(str(value)[0].lower() if isinstance(value, bool) else str(value) for value in row)
+        shown = " | ".join(map(as_shown, row))
         assert shown == expected, statement
 
 

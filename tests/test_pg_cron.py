@@ -13,19 +13,12 @@ from client import Client
 from ledger_support import Ledger, assert_sound, refused
 from psycopg import Connection
 from psycopg.conninfo import make_conninfo
-from servers import CONF, DEBIAN, missing
+from servers import CONF, CRON, DEBIAN, need_cron
 from typer.testing import CliRunner
 
 from pgcredits import embedded, migrate
 from pgcredits.cli import cli
 
-CRON = """
-shared_preload_libraries = 'pg_cron'
-cron.database_name = 'postgres'
-cron.use_background_workers = on
-max_worker_processes = 20
-restart_after_crash = on
-"""
 NAMES = [f"pgcredits {which} of pgcredits" for which in ("1", "2", "history")]
 OTHERS = ["mine", "pgcredits 1 of another"]  # which are none of ours
 ASLEEP = "select pid from pg_stat_activity where wait_event = 'PgSleep' and backend_type <> 'client backend'"
@@ -47,10 +40,9 @@ end $$"""
 @pytest.fixture(scope="module")
 def server() -> Iterator[embedded.Server]:
     """A server with pg_cron in the database postgres and pgcredits in its own."""
-    if not (Path("/usr/share/postgresql/15/extension") / "pg_cron.control").exists():
-        missing("pg_cron", "postgresql-15-cron is not installed")
+    need_cron()
     folder = Path(os.environ["PGCREDITS_TEST_RUN"]) / f"cron-{os.getpid()}"
-    with embedded.start(folder, DEBIAN, conf=CONF + CRON) as server:
+    with embedded.start(folder, DEBIAN, conf=CONF + CRON + "restart_after_crash = on\n") as server:
         migrate.migrate(server.dsn)
         with connect(server.admin_dsn) as admin:
             admin.execute("create extension pg_cron")

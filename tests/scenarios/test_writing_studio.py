@@ -30,7 +30,7 @@ def studio(database: Database) -> Iterator[Product]:
     provider = Jwks()
     issuers = {ISSUER: Issuer(provider.url, ("studio",))}
     with Product(database, "writing-studio", jwt_issuers=issuers) as studio:
-        studio.tokens |= {"USER": provided("auth|1"), "BETA": provided("auth|2")}
+        studio.tokens |= {"USER_1": provided("auth|1"), "BETA": provided("auth|2")}
         yield studio
     provider.close()
 
@@ -70,11 +70,11 @@ def studio_opens(studio: Product) -> None:
 
 def a_writer_buys(studio: Product) -> None:
     studio.follow("A writer signs up")
-    assert studio.rpc("USER", "spend", account_id="user_1", amount=1, key="mine").status_code == 404
-    assert studio.rpc("USER", "spend", "credits", account_id="user_1", amount=1, key="mine").status_code == 403
+    assert studio.rpc("USER_1", "spend", account_id="user_1", amount=1, key="mine").status_code == 404
+    assert studio.rpc("USER_1", "spend", "credits", account_id="user_1", amount=1, key="mine").status_code == 403
     studio.follow("Buy credits")
     bought = {"package": "writer", "success_url": "http://localhost:3000/thanks", "key": "cart_1"}
-    session = studio.ask("USER", "create_checkout", **bought)
+    session = studio.ask("USER_1", "create_checkout", **bought)
     assert session["url"] == f"{studio.till.url}/pay/{session['session_id']}"
     assert studio.backend.sums("user_1") == (0, 0, 0, 0)
     assert "checkout.session.completed" in studio.visit(session["session_id"])
@@ -101,9 +101,9 @@ def a_book_is_written(studio: Product) -> None:
     assert (opened.status_code, opened.json()["available"]) == (200, 4374)
     studio.follow("What a book has cost")
     studio.wait(minutes=16)
-    assert studio.ask("USER", "get_balance")["available"] == 4674  # before any job has looked
-    studio.jobs()
-    assert studio.ask("USER", "list_reservations") == []
+    assert studio.ask("USER_1", "get_balance")["available"] == 4674  # before any job has looked
+    assert studio.scheduled()["expire_reservations"] == 1
+    assert studio.ask("USER_1", "list_reservations") == []
 
     studio.follow("Not enough credits")
     assert write(studio, "job_6", 100_000, "chapter", "book:1", 100_000) == {
@@ -143,37 +143,37 @@ def a_year_by_subscription(studio: Product) -> None:
     for price in [one for one in studio.till.objects.values() if "recurring" in one]:
         studio.offer(price["id"], price["unit_amount"], "month")
     studio.follow("Subscribe")
-    subscription = studio.subscribe(studio.ask("USER", "get_checkout", key="plan_1")["session_id"])
+    subscription = studio.subscribe(studio.ask("USER_1", "get_checkout", key="plan_1")["session_id"])
     studio.follow("With a plan")
     asked = {"plan": "enterprise", "success_url": "http://localhost", "key": "plan_2"}
-    assert studio.refusal("USER", "create_checkout", **asked) == (409, "already_subscribed")
+    assert studio.refusal("USER_1", "create_checkout", **asked) == (409, "already_subscribed")
     assert write(studio, "job_7", 1000, "chapter", "book:2/chapter:1", 1000)["charged"] == 100
-    assert studio.ask("USER", "get_balance")["by_kind"] == {"plan": 2400, "purchase": 4674}
+    assert studio.ask("USER_1", "get_balance")["by_kind"] == {"plan": 2400, "purchase": 4674}
 
     studio.world.renew(subscription)
     studio.tell()
-    assert studio.ask("USER", "get_balance")["by_kind"] == {"plan": 2500, "purchase": 4674}
+    assert studio.ask("USER_1", "get_balance")["by_kind"] == {"plan": 2500, "purchase": 4674}
 
     unpaid = studio.world.renew(subscription, paid=False)
     assert "invoice.payment_failed" in studio.tell()
     studio.follow("When a payment fails")
-    assert studio.ask("USER", "get_balance")["by_kind"] == {"purchase": 4674}
+    assert studio.ask("USER_1", "get_balance")["by_kind"] == {"purchase": 4674}
     assert write(studio, "job_8", 500, "enhance", "book:2/chapter:1", 480)["charged"] == 24
     studio.wait(days=8)
-    refusal = studio.ask("USER", "check_access", capability="enhance", units=1)
+    refusal = studio.ask("USER_1", "check_access", capability="enhance", units=1)
     assert (refusal["allowed"], refusal["code"]) == (False, "subscription_inactive")
     studio.world.pay(unpaid)
     studio.tell()
-    assert studio.ask("USER", "get_balance")["by_kind"] == {"plan": 2500, "purchase": 4650}
+    assert studio.ask("USER_1", "get_balance")["by_kind"] == {"plan": 2500, "purchase": 4650}
 
     studio.follow("Cards, invoices, canceling")
     studio.world.cancel(subscription, at_period_end=True)
     studio.tell()
-    assert studio.ask("USER", "get_subscription_state")["state"] == "canceling"
+    assert studio.ask("USER_1", "get_subscription_state")["state"] == "canceling"
     assert write(studio, "job_9", 1000, "chapter", "book:2/chapter:2", 995)["charged"] == 100
     studio.world.finish(subscription)
     studio.tell()
-    state = studio.ask("USER", "get_subscription_state")
+    state = studio.ask("USER_1", "get_subscription_state")
     assert (state["state"], state["may_receive"]) == ("canceled", False)
     assert studio.backend.sums("user_1") == (4650, 0, 4650, 0)
     assert write(studio, "job_10", 1, "outline", "book:3", 1)["charged"] == 50  # pays as it goes again
@@ -181,7 +181,7 @@ def a_year_by_subscription(studio: Product) -> None:
     bigger = studio.ask("BETA", "create_checkout", plan="enterprise", success_url="http://localhost", key="e1")
     studio.subscribe(bigger["session_id"])
     assert studio.ask("BETA", "get_balance")["by_kind"] == {"plan": 15000, "purchase": 300}
-    history = [(row["kind"], row["amount"]) for row in reversed(studio.ask("USER", "history", max_rows=100))]
+    history = [(row["kind"], row["amount"]) for row in reversed(studio.ask("USER_1", "history", max_rows=100))]
     assert history == [
         ("grant", 5000), ("settle", -50), ("settle", -184), ("settle", -92), ("grant", 2500), ("settle", -100),
         ("expire", -2400), ("grant", 2500), ("expire", -2500), ("settle", -24), ("grant", 2500), ("settle", -100),
