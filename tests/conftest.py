@@ -19,6 +19,8 @@ RUN = "PGCREDITS_TEST_RUN"  # the folder of this run's servers; workers inherit 
 MEMORY = Path("/dev/shm")
 NEEDED = 4 << 30  # what three servers fill at the very most, nearly all of it their logs of changes
 
+# These wait more than they work. They come first, so that the other workers fill the time; at the end nobody would.
+WAITING = {"test_compose", "test_embedded", "test_pg_cron"}
 SLOW = {"test_ledger_model", "test_plans", "test_stripe_scenarios", "test_subscription_machine", "test_ways"}
 
 
@@ -26,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="on PostgreSQL 18 alone, what runs in one transaction")
 
 
+@pytest.hookimpl(trylast=True)  # pytest has by then brought together what runs on one server
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in WAITING)
     if config.getoption("fast"):
         fast = [item for item in items if is_fast(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(fast)])
