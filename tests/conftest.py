@@ -17,7 +17,7 @@ from servers import ENGINES, Database, Engine, engine
 
 RUN = "PGCREDITS_TEST_RUN"  # the folder of this run's servers; workers inherit it
 MEMORY = Path("/dev/shm")
-NEEDED = 4 << 30  # what three servers fill at the very most, nearly all of it their logs of changes
+NEEDED = 4 << 30  # three servers, each with up to 1 GB of its log of changes, and their databases
 
 # These wait more than they work. They come first, so that the other workers fill the time; at the end nobody would.
 WAITING = {"test_compose", "test_embedded", "test_pg_cron"}
