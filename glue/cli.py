@@ -19,28 +19,17 @@ from typing import Annotated, Any
 
 import psycopg
 import typer
-import uvicorn
 from psycopg.types.json import Jsonb
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from pgcredits import (
-    __version__,
-    balances,
-    catalog,
-    db,
-    demo,
-    migrate,
-    notifier,
-    observe,
-    status,
-    stripe_catalog,
-    worker,
-)
-from pgcredits.app import create_app
+from pgcredits import __version__, balances, catalog, db, demo, migrate, status
 from pgcredits.outbox import process_name
 from pgcredits.settings import Settings, SettingsError
+
+# The door and the workers are imported by the commands that run them: their libraries take longer to load than most
+# other commands to work.
 
 cli = typer.Typer(
     help="Prepaid credits inside your own Postgres.", no_args_is_help=True, add_completion=False,
@@ -70,7 +59,7 @@ CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; 
 
 def main() -> None:
     """Entry point: errors that an operator can understand are one sentence, not a traceback."""
-    from pgcredits.embedded import EmbeddedError  # noqa: PLC0415 - see _database
+    from pgcredits.embedded import EmbeddedError  # see _database
 
     known = (
         migrate.DeployError,
@@ -127,6 +116,8 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
 @cli.command()
 def serve(dsn: Dsn = "") -> None:
     """Serve the door: webhooks, calls, health checks, jobs, notifications and, with a key, requests to Stripe."""
+    from pgcredits import observe
+
     settings = Settings.from_environment()
     observe.configure_logging(settings)
     with contextlib.suppress(KeyboardInterrupt), _database(dsn, settings) as target:
@@ -354,6 +345,8 @@ def stripe_work(
     dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
 ) -> None:
     """Send to Stripe what SQL asks of it, and bring the answers back. Several may run, beside the door or not."""
+    from pgcredits import observe, worker
+
     settings = _with_stripe_key()
     observe.configure_logging(settings)
     with _database(dsn, settings) as target:
@@ -385,6 +378,8 @@ def stripe_sync(dsn: Dsn = "") -> None:
 
 
 def _run_catalog(dsn: str, function: str, show: Callable[[list[db.Row]], None]) -> list[db.Row]:
+    from pgcredits import stripe_catalog, worker
+
     settings = _with_stripe_key()
     logging.getLogger(worker.log.name).setLevel(logging.ERROR)  # what failed is told at the end
     with _database(dsn, settings) as target:
@@ -398,6 +393,8 @@ def _run_catalog(dsn: str, function: str, show: Callable[[list[db.Row]], None]) 
 
 
 def _show_differences(differences: list[db.Row]) -> None:
+    from pgcredits import stripe_catalog
+
     print("\n".join(stripe_catalog.line(row) for row in differences) or "No difference.", flush=True)
 
 
@@ -413,6 +410,8 @@ def notify_work(
     dsn: Dsn = "", *, once: Annotated[bool, typer.Option("--once", help="Until nothing is due, then end.")] = False
 ) -> None:
     """Send notifications as webhooks and e-mails. Several may run, beside the door or not."""
+    from pgcredits import notifier, observe
+
     settings = Settings.from_environment()
     observe.configure_logging(settings)
     if not notifier.configured(settings):
@@ -486,6 +485,8 @@ def _reconcile(
     settings: Settings, since: datetime | None, *, repair: bool, patience: int
 ) -> tuple[db.Row, list[db.Row]]:
     """Start a run, or join the one that runs, work until it is through or patience ends; the run and all it found."""
+    from pgcredits import worker
+
     deadline = time.monotonic() + patience
     with psycopg.connect(settings.dsn, autocommit=True) as conn, console.status("Stripe is asked …") as status:
         (run,) = db.call(conn, "reconcile_stripe", since=since, repair=repair)
@@ -612,7 +613,7 @@ def _database(dsn: str, settings: Settings, *, make: bool = False) -> Iterator[s
         return
     if not make and not (settings.data / "passwords.json").exists():
         raise SettingsError("which database? Give --dsn, set PGCREDITS_DSN, or start one with `pgcredits up`")
-    from pgcredits import embedded  # noqa: PLC0415 - its locks exist on POSIX only, the rest runs anywhere
+    from pgcredits import embedded  # its locks exist on POSIX only, the rest runs anywhere
 
     with _progress("PostgreSQL runs") if make else contextlib.nullcontext():
         server = embedded.start(settings.data, port=settings.embedded_port)
@@ -647,6 +648,10 @@ def _tour(dsn: str, url: str, settings: Settings) -> None:
 
 
 def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
+    import uvicorn
+
+    from pgcredits.app import create_app
+
     try:
         listener = socket.create_server((settings.host, settings.port), reuse_port=False)
     except OSError as error:

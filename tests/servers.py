@@ -107,7 +107,9 @@ class Engine:
         name = f"t_{os.getpid()}_{next(_numbers)}"
         with psycopg.connect(self.server.admin_dsn, autocommit=True) as admin:
             admin.execute(
-                sql.SQL("create database {} template {} owner {}").format(*map(sql.Identifier, (name, template, OWNER)))
+                sql.SQL("create database {} template {} owner {} strategy file_copy").format(
+                    *map(sql.Identifier, (name, template, OWNER))
+                )
             )
             try:
                 yield Database(self, name)

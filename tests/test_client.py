@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
@@ -122,8 +122,20 @@ def status(ledger: Ledger, usage_id: str) -> str:
     return text
 
 
+def runs_out(ledger: Ledger, usage_id: str) -> Any:
+    return ledger.table("reservations", "reservation_id = %s", usage_id)[0].expires_at
+
+
 def held(ledger: Ledger) -> Any:
     return ledger.get_balance("alpha").held
+
+
+def wait(happened: Callable[[], Any]) -> None:
+    """Until it has happened."""
+    end = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def terminate(ledger: Ledger, conn: Connection[Any] | AsyncConnection[Any]) -> None:
@@ -513,11 +525,12 @@ def test_a_renewal_that_fails_is_tried_again(
     plain: Connection[Any], shop: Ledger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pgcredits.client.LOCK_WAIT", "50ms")
-    with pgcredits.usage(plain, "alpha", "chapter", 100, ttl=SHORT) as u:
+    with pgcredits.usage(plain, "alpha", "chapter", 100, ttl=4 * SHORT) as u:
+        until = runs_out(shop, u.usage_id)
         plain.execute("select credits.spend('alpha', 1, key => 'spend')")  # the account is locked
-        time.sleep(0.6)
+        wait(lambda: caplog.records)
         plain.commit()
-        time.sleep(0.7)
+        wait(lambda: runs_out(shop, u.usage_id) > until)
         assert status(shop, u.usage_id) == "open"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "could not extend the hold" in caplog.text

@@ -176,6 +176,13 @@ def test_sql_prints_everything() -> None:
         assert path.read_text() in printed, path.name
 
 
+def test_the_command_line_loads_no_library_that_only_some_commands_need() -> None:
+    libraries = {"httpx", "jwt", "prometheus_client", "starlette", "stripe", "uvicorn"}
+    program = f"import sys, pgcredits.cli; print(*{libraries} & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == ""
+
+
 def test_settings_are_read_and_checked() -> None:
     read = Settings.from_environment(
         {

@@ -12,6 +12,7 @@ import pytest
 from conftest import stop_clock
 from door import Door
 from ledger_support import DAY, MINUTE, NOON, Ledger, assert_sound, together
+from psycopg import Connection
 from scenarios import STORIES, Outcome, changes, failures, purchases, refunds, subscriptions
 from scenarios.chance import Chance
 from servers import Database
@@ -119,22 +120,12 @@ def undone(ledger: Ledger) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def counter(shared: Database) -> Iterator[Ledger]:
-    """A shop with a catalogue and two accounts without credits, on a connection that has warmed up."""
-    with shared.connect() as conn:
-        ledger = Ledger(conn)
-        prepare(ledger, "alpha", "beta")
-        yield ledger
-        conn.rollback()
-
-
 @pytest.fixture
-def ledger(counter: Ledger) -> Iterator[Ledger]:
-    """The shop at its first noon, as if no test had been there."""
-    with undone(counter):
-        counter.now = NOON
-        yield counter
+def ledger(conn: Connection[Any]) -> Ledger:
+    """A shop with a catalogue and two accounts without credits."""
+    ledger = Ledger(conn)
+    prepare(ledger, "alpha", "beta")
+    return ledger
 
 
 Order = list[list[Event]]  # the events of each act
