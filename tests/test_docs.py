@@ -76,7 +76,8 @@ def test_the_manual_names_every_purpose_of_a_request_to_stripe() -> None:
     section = STRIPE.split("## Requests to Stripe")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`\w+`.*?) \|", section, re.MULTILINE)[1:]
     purposes = {purpose for row in rows for purpose in re.findall(r"`(\w+)`", row)}
-    assert purposes == {purpose for text in SOURCES.values() for purpose in re.findall(r"_request(?:_change)?\('(\w+)'", text)}
+    asked = r"_request(?:_change)?\('(\w+)'"
+    assert purposes == {purpose for text in SOURCES.values() for purpose in re.findall(asked, text)}
 
 
 def test_the_manual_names_the_notification_of_every_effect() -> None:

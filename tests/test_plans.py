@@ -695,6 +695,7 @@ def test_what_stripe_is_being_asked_stands_and_another_word_is_refused(subscribe
     """Until it has answered: or the second word would be taken, answered with success, and never said to Stripe."""
     ledger = subscriber
     ledger.change("update credits.plans set stripe_price_ids = '{price_max}' where code = 'max'")
+    requests = "update credits.stripe_requests"
     stories: list[tuple[Callable[[], Any], list[Callable[[], Any]]]] = [
         (
             partial(ledger.change_plan, "alpha", "pro"),
@@ -705,13 +706,13 @@ def test_what_stripe_is_being_asked_stands_and_another_word_is_refused(subscribe
     for first, others in stories:
         with ledger.conn.transaction(force_rollback=True):
             first()
-            ledger.change("update credits.stripe_requests set state = 'sent', first_sent_at = run_at where state = 'queued'")
+            ledger.change(f"{requests} set state = 'sent', first_sent_at = run_at where state = 'queued'")
             for other in others:
                 with ledger.unchanged(), refused(409, "plan_change_in_progress"):
                     other()
             with ledger.unchanged("stripe_requests", "subscription_cache"):
                 first()
-            ledger.change("update credits.stripe_requests set state = 'done' where state = 'sent'")
+            ledger.change(f"{requests} set state = 'done' where state = 'sent'")
             others[0]()
             assert len(wanted(ledger)) == 1
 
