@@ -1,0 +1,1 @@
+"""The commands of `pgcredits` that come in groups, a module for each."""

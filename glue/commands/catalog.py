@@ -1,0 +1,61 @@
+"""`pgcredits catalog`: the catalogue as a document."""
+
+from functools import partial
+from typing import Annotated, Any
+
+import psycopg
+import typer
+
+from pgcredits import catalog, db
+from pgcredits.commands.shared import Dsn, connected
+
+cli = typer.Typer(help="The catalogue as a document: docs/catalog.md.", no_args_is_help=True)
+CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - is standard input.")]
+
+
+@cli.command("apply")
+def apply(file: CatalogFile, dsn: Dsn = "") -> None:
+    """Make the catalogue what a document says, wholly or not at all, and print what that changed.
+
+    Then accounts whose plan got other credits are brought up to date, a batch at a time.
+    """
+    _show_changes(file, dsn, dry_run=False)
+    with connected(dsn, autocommit=True) as conn:
+        if accounts := sum(iter(partial(_initialize_plan_credits, conn), 0)):
+            print(f"Accounts brought to the credits that their plan says now: {accounts}.")
+
+
+@cli.command("diff")
+def diff(
+    file: CatalogFile,
+    dsn: Dsn = "",
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Exit code 1 if anything would change.")] = False,
+) -> None:
+    """Print what applying a document would change, and change nothing."""
+    if _show_changes(file, dsn, dry_run=True) and check:
+        raise typer.Exit(1)
+
+
+@cli.command("export")
+def export(
+    file: Annotated[str, typer.Argument(metavar="[FILE]", help="Default: standard output.")] = "-", dsn: Dsn = ""
+) -> None:
+    """Write the catalogue as a document that, applied again, changes nothing."""
+    with connected(dsn) as conn:
+        text = catalog.export(conn)
+    catalog.write(file, text)
+
+
+def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:
+    (row,) = db.call(conn, "initialize_plan_credits")
+    accounts: int = row["initialize_plan_credits"]
+    return accounts
+
+
+def _show_changes(file: str, dsn: str, *, dry_run: bool) -> bool:
+    document = catalog.read(file)
+    with connected(dsn) as conn:
+        changes = catalog.apply(conn, document, dry_run=dry_run)
+    print("\n".join(changes) or "Nothing to change.")
+    return bool(changes)
