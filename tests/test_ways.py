@@ -1,4 +1,7 @@
-"""The verbs do the usual case in one statement and all else the general way. Both ways write the same."""
+"""The verbs, and the job that ends grants, do the usual case in few statements and all else the general way.
+
+Both ways write the same.
+"""
 
 from collections.abc import Callable
 from decimal import Decimal
@@ -7,12 +10,25 @@ from typing import Any
 
 import pytest
 from client import CreditsError
-from ledger_support import HOUR, MINUTE, SECOND, Ledger, assert_sound
+from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound
 from psycopg import Connection
 
 GENERAL_ONLY = """
     create or replace function credits._is_plain(balance credits.balances) returns boolean language sql
     as $$ select false $$
+"""
+TOGETHER = "select cardinality(credits._try_together(credits._first_due(credits.now(), 1000))) as accounts"
+RESTART = """
+    do $$ declare v_name text; begin
+      for v_name in select c.relname from pg_class c
+                     where c.relnamespace = 'credits'::regnamespace and c.relkind = 'S' loop
+        execute format('alter sequence credits.%%I restart with 1000000', v_name);
+      end loop;
+    end $$
+"""
+ONE_BY_ONE = """
+    create or replace function credits._try_together(account_ids text[]) returns text[] language sql
+    as $$ select '{}'::text[] $$
 """
 
 
@@ -78,3 +94,70 @@ def test_one_statement_and_the_general_way_write_the_same(conn: Connection[Any],
     (answers, tables), (general_answers, general_tables) = runs
     assert answers == general_answers
     assert tables == general_tables
+
+
+def leave_alone(ledger: Ledger, random: Random) -> None:
+    """Accounts of all kinds with grants that end at moments of their own: on most of them nothing else falls due."""
+    moment = iter(random.sample(range(1, 100_000), 1000))  # ids of what booking makes are in the order of what was due
+    kinds: list[dict[str, Any]] = [{}, {}, {}, {"kind": "plan"}, {"kind": "purchase", "description": "for you | me"}]
+    for number in range(50):
+        name, start = f"a{number:02}", ledger.now
+        ledger.open_account(name, **random.choice(({}, {}, {}, {"plan": "team"}, {"plan": "bare"})))
+        for amount in random.choices((5, Decimal("7.25"), Decimal("0.000001"), 40), k=random.randint(1, 4)):
+            more = random.choice(kinds)
+            if random.random() < 0.8:
+                ends = start + random.choice((0, 0, 0, 30)) * DAY + HOUR + next(moment) * SECOND
+                more = {**more, "expires_at": ends}
+            if random.random() < 0.1:
+                more = {**more, "effective_at": start + next(moment) * SECOND / 30}
+            if random.random() < 0.05:
+                more = {**more, "scope": ["songs"]}
+            granted = ledger.grant(amount, name, **more)
+        live(ledger, random, name, granted.grant_id)
+
+
+def live(ledger: Ledger, random: Random, name: str, grant_id: int) -> None:
+    """Some of what an account may have gone through before its grants end."""
+    if random.random() < 0.3:
+        outcome(ledger.use, random.choice((1, Decimal("0.25"), 5)), name)
+    for ttl in random.choice(((), (), (), (HOUR,), (MINUTE, 20 * HOUR), (4 * DAY,))):
+        outcome(ledger.reserve, name, random.choice((1, 2, 5)), f"r{ttl}", ttl=ttl)
+    if random.random() < 0.1:
+        outcome(ledger.use, 4, name)
+        outcome(ledger.revoke_grant, name, grant_id, key=ledger.key())
+    if random.random() < 0.3:
+        ledger.set_low_balance_alert(name, random.choice((1, 6, 30, 2000)))
+    if random.random() < 0.3 and (left := ledger.available(name)) > 1:
+        card = {"invoice_settings": {"default_payment_method": f"pm_{name}"}}
+        about = {"id": f"cus_{name}", "object": "customer", "metadata": {"account_id": name}, **card}
+        assert ledger.tell("customer.created", about, f"evt_{name}") == "applied"
+        ledger.set_auto_topup(name, random.choice((1, left)), "starter", 10000)
+    if random.random() < 0.1:
+        outcome(random.choice((ledger.freeze_account, ledger.cancel_plan)), name)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grants_that_end_together_and_one_by_one_leave_the_same(conn: Connection[Any], seed: int) -> None:
+    tables, together = [], []
+    before = Ledger(conn)
+    before.load_demo_catalog()
+    before.change("insert into credits.plans (code, name) values ('bare', 'Without credits; it turns nevertheless')")
+    for preparation in ("select", ONE_BY_ONE):
+        with conn.transaction(force_rollback=True):
+            ledger = Ledger(conn)
+            ledger.change(preparation)
+            ledger.change(RESTART)
+            random = Random(seed)
+            leave_alone(ledger, random)
+            for passed in (random.randint(2, 20) * HOUR, DAY, 40 * DAY):
+                ledger.now += passed
+                with ledger.as_owner():
+                    together += ledger.query(TOGETHER)
+                    while ledger.query("select credits._expire_grants(50) as booked")[0].booked:
+                        pass
+            tables.append(ledger.snapshot())
+            assert_sound(ledger)
+    differing = {name: both for name, rows in tables[0].items() if (both := set(rows) ^ set(tables[1][name]))}
+    assert not differing
+    assert sum(row.accounts for row in together[:3]) > 20, together
+    assert {row.accounts for row in together[3:]} == {0}
