@@ -3,15 +3,19 @@
     python bench/expiry.py --grants 1000000
 
 Each grant that expires is of an account of its own, and spending goes to these very accounts: a spend may meet one that
-is being booked, or one that it has to book itself. One runner is in work_jobs(), as pg_cron would be.
+is being booked, or one that it has to book itself. One runner does batch after batch, as work_jobs() does for pg_cron.
 """
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Self
 
 import psycopg
@@ -26,18 +30,15 @@ from pgcredits import embedded, migrate
 
 SPEND = Operation("spend", "spend.sql")
 READY = 100  # accounts that prepare() lays out
+CALL = 5_000  # accounts of one call that fills
 FILL = """
-with accounts as (
-  insert into credits.accounts (account_id, created_at)
-  select 'acct_' || n, clock_timestamp() from generate_series({first}, {last}) n
-  returning account_id
-)
-insert into credits.balances (account_id, hash)
-select a.account_id, sha256(convert_to(a.account_id, 'UTF8')) from accounts a
-"""
-GRANT = """
-select count(credits.grant_credits('acct_' || n, {amount}, '{kind}', expires_at => {expires_at}, key => 'bench_{kind}'))
-  from generate_series({first}, {last}) n
+select i.status, count(*)
+  from credits.import_opening_balances((
+         select jsonb_agg(jsonb_build_object('account_id', 'acct_' || n, 'key', l.kind, 'kind', l.kind,
+                                             'amount', l.amount, 'expires_at', l.expires_at))
+           from generate_series({first}, {last}) n,
+                (values ('purchase', 1000000, null), ('promo', 5, '2100-01-01')) l (kind, amount, expires_at))) i
+ group by i.status
 """
 LEFT = "select count(*) from credits.grants g where g.kind = 'promo' and g.status = 'active'"
 
@@ -48,6 +49,7 @@ class Expiry:
 
     database: Database
     seconds: float = 0
+    batches: list[float] = field(default_factory=list)  # ms each, with the commit: so long accounts may be locked
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -71,23 +73,32 @@ class Expiry:
         began = time.monotonic()
         try:
             with self.database.connect() as conn:
-                conn.execute("call credits.work_jobs(time_limit => '1 hour', runner => 'bench')")
+                while claim := conn.execute("select c.name, c.run_id from credits.claim_job('bench') c").fetchone():
+                    batch = time.monotonic()
+                    conn.execute("select credits.run_job(%s, run_id => %s)", claim)
+                    self.batches.append(1000 * (time.monotonic() - batch))
         except BaseException as error:  # noqa: BLE001 - told when it is joined
             self.error = error
         self.seconds = time.monotonic() - began
 
 
+def fill_some(database: Database, grants: int, first: int) -> int:
+    """Import what so many accounts have; the last of them."""
+    last = min(first + CALL - 1, grants)
+    with database.connect() as service:
+        results = service.execute(FILL.format(first=first, last=last).encode()).fetchall()
+    if results != [(200, 2 * (last - first + 1))]:
+        raise BenchError(f"the accounts were not imported: {results}")
+    return last
+
+
 def fill(database: Database, grants: int, said: Callable[[str], None]) -> None:
     """Accounts with credits to spend and a grant each that is over when all are there."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for last in pool.map(partial(fill_some, database, grants), range(1, grants + 1, CALL)):
+            said(f"granting {last:,} of {grants:,}")
     with database.connect("credits_owner") as owner:
         owner.execute("update credits.jobs set enabled = name = 'expire_grants'")
-        for first in range(1, grants + 1, 10_000):
-            last = min(first + 9_999, grants)
-            said(f"granting {last:,} of {grants:,}")
-            place: dict[str, Any] = {"first": first, "last": last}
-            owner.execute(FILL.format(first=max(first, READY + 1), last=last).encode())
-            for kind, amount, expires_at in (("purchase", 1_000_000, "null"), ("promo", 5, "'2100-01-01'")):
-                owner.execute(GRANT.format(**place, kind=kind, amount=amount, expires_at=expires_at).encode())
         said("letting them run out")
         owner.execute("update credits.grants set expires_at = clock_timestamp() where kind = 'promo'")
         owner.execute("update credits.balances set next_due_at = clock_timestamp()")
@@ -124,7 +135,6 @@ def main(
                     beside.samples.append(bench.sample(SPEND, clients))
             alone.samples.append(bench.sample(SPEND, clients))
             left = one(admin, LEFT)
-            batches = one(admin, "select max(batches) from credits.job_runs where name = 'expire_grants'")
             shown = settings(database)
         with database.connect() as conn:
             status.update("audit()")
@@ -134,7 +144,11 @@ def main(
         figures = (f"{cell.percentile(share):.2f}" for share in (0.5, 0.99, 1))
         table.add_row(name, str(clients), f"{cell.rate:,.0f}", *figures)
     console.print(table)
-    console.print(f"{grants:,} grants expired in {expiry.seconds:.1f} s, {batches:,} batches; left: {left}")
+    console.print(f"{grants:,} grants expired in {expiry.seconds:.1f} s, left: {left}")
+    tenth = len(expiry.batches) // 10 + 1
+    times = {"first tenth": expiry.batches[:tenth], "last tenth": expiry.batches[-tenth:], "all": expiry.batches}
+    shown_times = (f"{name} p50 {median(some):.0f}, slowest {max(some):.0f}" for name, some in times.items())
+    console.print(f"{len(expiry.batches):,} batches, ms: {'; '.join(shown_times)}; load {os.getloadavg()[0]:.1f}")
     console.print(f"audit: {wrong or 'sound'}")
     console.print(", ".join(f"{name} {value}" for name, value in {**machine(), **shown}.items()))
     if left or wrong:

@@ -12,7 +12,7 @@ language plpgsql
 set jit = off  -- its plans look dear where accounts have many reservations, and to compile one takes longer than a batch
 as $$
 declare
-  c_together constant integer := 5;
+  c_together constant integer := 4;
   v_now   timestamptz := credits.now();
   v_first text[] := credits._first_due(v_now, c_together * _expire_grants.max_rows);
   v_ended text[] := credits._try_together(v_first);

@@ -282,7 +282,7 @@ def test_a_batch_is_many_that_only_end_and_few_others(ledger: Ledger) -> None:
     ledger.now += DAY
     while ledger.run_job("expire_grants").more:
         pass
-    # Five times four are looked at: those that only end, and four of the others.
+    # Four times four are looked at: those that only end, and four of the others.
     assert [run.rows_done for run in ledger.list_job_runs(name="expire_grants")] == [30]
     assert [run.batches for run in ledger.list_job_runs(name="expire_grants")] == [3]
     assert_sound(ledger)
