@@ -181,7 +181,7 @@ begin
   return credits._expire_together(credits._lock_due(_try_together.account_ids), credits.now());
 exception when others then
   if v_half = 0 then
-    return '{}';
+    return array[]::text[];
   end if;
   return credits._try_together(_try_together.account_ids[:v_half])
          || credits._try_together(_try_together.account_ids[v_half + 1:]);
