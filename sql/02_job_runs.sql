@@ -241,7 +241,7 @@ begin
      set finished_at = v_now, outcome = _end_run.outcome, error = _end_run.error, error_state = _end_run.state
    where r.run_id = v_job.run_id;
   update credits.jobs j
-     set run_id = null, locked_until = null, last_finished_at = v_now,
+     set run_id = null, locked_until = null, reached_at = null, reached_id = null, last_finished_at = v_now,
          last_success_at = case when v_well then v_now else j.last_success_at end,
          through_at      = case when v_well then j.last_started_at else j.through_at end,
          failures        = case when v_well then 0 else j.failures + 1 end,

@@ -4,8 +4,8 @@
 -- books it anyway.
 
 -- The job expire_grants: grants that start or end. Where nothing but the end of grants is due, accounts are booked together,
--- which takes less time for a multiple of them than a batch takes one by one. What is left of those goes one by one, and so
--- does all else if they made no batch.
+-- which takes less time for a multiple of them than a batch takes one by one; the others go one by one. It goes on from where
+-- the last batch of its run has ended, once all of that were tried: who was passed over is met again by the next run.
 create or replace function credits._expire_grants(max_rows integer)
 returns bigint
 language plpgsql
@@ -13,27 +13,28 @@ set jit = off  -- its plans look dear where accounts have many reservations, and
 as $$
 declare
   c_together constant integer := 4;
-  v_now   timestamptz := credits.now();
-  v_first text[] := credits._first_due(v_now, c_together * _expire_grants.max_rows);
-  v_ended text[] := credits._try_together(v_first);
-  v_count bigint := cardinality(v_ended);
-  v_due   refcursor;
+  v_job    credits.jobs;
+  v_first  credits.grants[];
+  v_ended  text[];
+  v_alone  bigint := 0;
+  v_count  bigint := 0;
 begin
-  if v_count >= _expire_grants.max_rows then
-    open v_due for
-      select f.account_id
-        from unnest(v_first) with ordinality f (account_id, place)
-       where not exists (select from unnest(v_ended) e (account_id) where e.account_id = f.account_id)
-       order by f.place;
-    return v_count + credits._book_each(v_due, _expire_grants.max_rows);
-  end if;
-  open v_due for
-    select g.account_id
-      from credits.grants g
-     where g.status in ('pending', 'active')
-       and case when g.status = 'pending' then g.effective_at else g.expires_at end <= v_now
-     order by case when g.status = 'pending' then g.effective_at else g.expires_at end;
-  return v_count + credits._book_each(v_due, (_expire_grants.max_rows - v_count)::integer);
+  select j.* into v_job from credits.jobs j where j.name = 'expire_grants' and j.run_id is not null;
+  while v_count < _expire_grants.max_rows and v_alone < _expire_grants.max_rows loop
+    v_first := credits._next_due(v_job.reached_at, v_job.reached_id, c_together * _expire_grants.max_rows);
+    exit when v_first = '{}';
+    v_ended := credits._try_together(array(select f.account_id from unnest(v_first) f));
+    v_alone := credits._book_others(v_first, v_ended, _expire_grants.max_rows);
+    v_count := v_count + cardinality(v_ended) + v_alone;
+    if v_alone < _expire_grants.max_rows then
+      select credits._due_at(f), f.grant_id into v_job.reached_at, v_job.reached_id
+        from unnest(v_first[cardinality(v_first):]) f;
+    end if;
+  end loop;
+  update credits.jobs j
+     set reached_at = v_job.reached_at, reached_id = v_job.reached_id
+   where j.name = v_job.name;
+  return v_count;
 end $$;
 
 -- The job expire_reservations: holds that ran out. It looks at those that did since it was last through, and ten minutes
@@ -147,26 +148,56 @@ end $$;
 
 -- Together ----------------------------------------------------------------------------------------------------------
 
--- The accounts of the first grants that are due, in their order.
-create or replace function credits._first_due(
-  at       timestamptz,
+-- The grants that are due after one of them, in their order.
+create or replace function credits._next_due(
+  after_at timestamptz,
+  after_id bigint,
   max_rows integer
 )
-returns text[]
+returns credits.grants[]
 language plpgsql
 stable
 as $$
+declare
+  v_now timestamptz := credits.now();
 begin
   return array(
-    select f.account_id
-      from (select g.account_id, case when g.status = 'pending' then g.effective_at else g.expires_at end as due_at
-              from credits.grants g
-             where g.status in ('pending', 'active')
-               and case when g.status = 'pending' then g.effective_at else g.expires_at end <= _first_due.at
-             order by case when g.status = 'pending' then g.effective_at else g.expires_at end
-             limit _first_due.max_rows) f
-     group by f.account_id
-     order by min(f.due_at), f.account_id);
+    select g
+      from credits.grants g
+     where g.status in ('pending', 'active')
+       and case when g.status = 'pending' then g.effective_at else g.expires_at end <= v_now
+       and (case when g.status = 'pending' then g.effective_at else g.expires_at end, g.grant_id)
+           > (coalesce(_next_due.after_at, '-infinity'), coalesce(_next_due.after_id, 0))
+     order by case when g.status = 'pending' then g.effective_at else g.expires_at end, g.grant_id
+     limit _next_due.max_rows);
+end $$;
+
+create or replace function credits._due_at(lot credits.grants)
+returns timestamptz
+language sql
+immutable
+as $$
+  select case when (_due_at.lot).status = 'pending' then (_due_at.lot).effective_at else (_due_at.lot).expires_at end
+$$;
+
+-- One by one: those that were not booked together.
+create or replace function credits._book_others(
+  lots     credits.grants[],
+  booked   text[],
+  max_rows integer
+)
+returns bigint
+language plpgsql
+as $$
+declare
+  v_due refcursor;
+begin
+  open v_due for
+    select l.account_id
+      from unnest(_book_others.lots) l
+     where not exists (select from unnest(_book_others.booked) b (account_id) where b.account_id = l.account_id)
+     order by credits._due_at(l), l.grant_id;
+  return credits._book_each(v_due, _book_others.max_rows);
 end $$;
 
 -- Accounts that were booked together. One on which that fails must not hold up the others: it is looked for by halves, and

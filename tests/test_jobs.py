@@ -277,12 +277,15 @@ def test_a_batch_is_many_that_only_end_and_few_others(ledger: Ledger) -> None:
     ledger.change("update credits.jobs set batch_size = 4 where name = 'expire_grants'")
     for number in range(30):
         ledger.open(f"a{number}", 10, expires_at=NOON + MINUTE + number * SECOND)
-        if number % 3 == 0:
+        if number % 6 == 0:
             ledger.reserve(f"a{number}", 1, "r", ttl=HOUR)
     ledger.now += DAY
+    reached = []
     while ledger.run_job("expire_grants").more:
-        pass
-    # Four times four are looked at: those that only end, and four of the others.
+        reached += [row.reached_id for row in ledger.table("jobs", "name = 'expire_grants'")]
+    assert len(reached) == 2 and reached == sorted({*reached} - {None}), reached  # each batch goes on where the one before has ended
+    assert ledger.table("jobs", "reached_at is not null or reached_id is not null") == []
+    # Four times four are looked at: those that only end, and up to four of the others.
     assert [run.rows_done for run in ledger.list_job_runs(name="expire_grants")] == [30]
     assert [run.batches for run in ledger.list_job_runs(name="expire_grants")] == [3]
     assert_sound(ledger)

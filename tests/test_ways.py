@@ -17,7 +17,10 @@ GENERAL_ONLY = """
     create or replace function credits._is_plain(balance credits.balances) returns boolean language sql
     as $$ select false $$
 """
-TOGETHER = "select cardinality(credits._try_together(credits._first_due(credits.now(), 1000))) as accounts"
+TOGETHER = """
+    select cardinality(credits._try_together(array(
+             select g.account_id from unnest(credits._next_due(null, null, 1000)) g))) as accounts
+"""
 RESTART = """
     do $$ declare v_name text; begin
       for v_name in select c.relname from pg_class c
