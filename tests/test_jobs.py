@@ -283,7 +283,8 @@ def test_a_batch_is_many_that_only_end_and_few_others(ledger: Ledger) -> None:
     reached = []
     while ledger.run_job("expire_grants").more:
         reached += [row.reached_id for row in ledger.table("jobs", "name = 'expire_grants'")]
-    assert len(reached) == 2 and reached == sorted({*reached} - {None}), reached  # each batch goes on where the one before has ended
+    assert len(reached) == 2
+    assert reached == sorted({*reached} - {None})  # each batch goes on where the one before has ended
     assert ledger.table("jobs", "reached_at is not null or reached_id is not null") == []
     # Four times four are looked at: those that only end, and up to four of the others.
     assert [run.rows_done for run in ledger.list_job_runs(name="expire_grants")] == [30]
