@@ -1,4 +1,5 @@
--- Jobs that book what has fallen due, account by account: a batch of each, answering with how many accounts it booked.
+-- Jobs that book what has fallen due, account by account, or together where grants only end: a batch of each, answering with
+-- how many accounts it booked.
 -- Balances are exact without them; they only make the ledger say so in time.
 -- Lock order: any, since nobody is waited for. An account that is locked is left for the next run, and whoever holds it
 -- books it anyway.
