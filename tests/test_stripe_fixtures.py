@@ -1,24 +1,26 @@
-"""Payloads that other projects have recorded go through the intake without an unhandled error.
+"""Payloads that nobody has put in order go through the intake without an unhandled error.
 
-They cannot be kept here, so PGCREDITS_STRIPE_FIXTURES names a folder of JSON files, each an event or a bare object of
-Stripe, of any API version. Without it these tests are skipped.
+Those of all our stories, which tell different things of objects with the same ids. What other projects have recorded
+cannot be kept here: PGCREDITS_STRIPE_FIXTURES names a folder of JSON files, each an event or a bare object, of any API
+version, and they go the same way.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_stripe_scenarios  # noqa: F401 - lists all stories
 from ledger_support import Ledger, assert_sound
 from psycopg import Connection
-from stripe_world import prepare
+from scenarios import STORIES
+from stripe_world import World, prepare
 
 FOLDER = os.environ.get("PGCREDITS_STRIPE_FIXTURES")
-pytestmark = pytest.mark.skipif(not FOLDER, reason="PGCREDITS_STRIPE_FIXTURES names no folder of recorded payloads")
-
 TYPES = {  # the event that a bare object comes with, where it is not <object>.updated
     "checkout.session": "checkout.session.completed",
     "dispute": "charge.dispute.updated",
@@ -41,26 +43,47 @@ def sign(value: Any) -> None:
             sign(inner)
 
 
+def told() -> Iterator[tuple[str, Any]]:
+    """The events of our stories, as both API versions shape them, and what they are about without an event."""
+    for name, story in STORIES.items():
+        for shape in ("old", "new"):
+            story(world := World(shape, chatty=True))
+            for event in world.events:
+                payload = json.loads(event.payload)
+                yield f"{name} {shape} {event.event_id}", payload
+                yield f"{name} {shape} {event.event_id} bare", payload["data"]["object"]
+
+
+def recorded() -> Iterator[tuple[str, Any]]:
+    """What other projects have recorded, if it is here."""
+    for path in sorted(Path(FOLDER).rglob("*.json")) if FOLDER else ():
+        yield str(path), json.loads(path.read_text())
+
+
 def events(*, named: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each file as an event with an id of its own."""
-    for number, path in enumerate(sorted(Path(FOLDER or ".").rglob("*.json"))):
-        event = json.loads(path.read_text())
-        if not isinstance(event, dict):
+    """Each as an event with an id of its own."""
+    for number, (name, payload) in enumerate(chain(told(), recorded())):
+        if not isinstance(payload, dict):
             continue  # a table of contents
-        if event.get("object") != "event":
-            kind = event.get("object", "unknown")
-            event = {
-                "object": "event", "type": TYPES.get(kind, f"{kind}.updated"), "created": 1893456000 + number,
-                "livemode": False, "api_version": None, "pending_webhooks": 1,
-                "request": {"id": None, "idempotency_key": None}, "data": {"object": event},
-            }  # fmt: skip
+        event = payload if payload.get("object") == "event" else event_about(payload, 1893456000 + number)
         if named:
             sign(event["data"]["object"])
-        yield str(path), {**event, "id": f"evt_{number}"}
+        yield name, {**event, "id": f"evt_{number}"}
 
 
+def event_about(thing: dict[str, Any], created: int) -> dict[str, Any]:
+    """An event that a bare object could have come with."""
+    kind = thing.get("object", "unknown")
+    return {
+        "object": "event", "type": TYPES.get(kind, f"{kind}.updated"), "created": created, "livemode": False,
+        "api_version": None, "pending_webhooks": 1, "request": {"id": None, "idempotency_key": None},
+        "data": {"object": thing},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("server", ["pg18"], indirect=True)  # on both the stories are told in test_stripe_scenarios
 @pytest.mark.parametrize("named", [False, True], ids=["as they are", "of a known account"])
-def test_recorded_payloads_never_fail(conn: Connection[Any], *, named: bool) -> None:
+def test_payloads_in_no_order_never_fail(conn: Connection[Any], *, named: bool) -> None:
     ledger = Ledger(conn)
     prepare(ledger, "alpha")
     outcomes: dict[str, str] = {}
