@@ -41,11 +41,7 @@ begin
   perform credits._check_redirect(create_checkout.success_url, 'success_url');
   perform credits._check_redirect(create_checkout.cancel_url, 'cancel_url') where create_checkout.cancel_url is not null;
   perform credits._check_open(create_checkout.account_id);
-  v_checkout.checkout_id := gen_random_uuid();
-  v_checkout.account_id  := create_checkout.account_id;
-  v_checkout.kind        := 'checkout';
-  v_checkout.key         := create_checkout.key;
-  v_checkout.fingerprint := v_asked;
+  v_checkout := credits._new_checkout(create_checkout.account_id, 'checkout', create_checkout.key, v_asked);
   if create_checkout.package is not null then
     v_checkout := credits._sell_package(v_checkout, v_asked);
   else
@@ -111,11 +107,7 @@ begin
     perform credits._fail(404, 'customer_not_found', jsonb_build_object('account_id', create_portal_session.account_id),
       'The account has no customer at Stripe: get_or_create_stripe_customer() makes one.');
   end if;
-  v_checkout.checkout_id := gen_random_uuid();
-  v_checkout.account_id  := create_portal_session.account_id;
-  v_checkout.kind        := 'portal';
-  v_checkout.key         := create_portal_session.key;
-  v_checkout.fingerprint := v_asked;
+  v_checkout := credits._new_checkout(create_portal_session.account_id, 'portal', create_portal_session.key, v_asked);
   v_checkout.request_id  := credits._request('portal', v_checkout.checkout_id, 'post', '/v1/billing_portal/sessions',
     jsonb_build_object('customer', v_customer, 'return_url', create_portal_session.return_url), v_checkout.account_id);
   v_checkout := credits._keep_checkout(v_checkout);
@@ -147,6 +139,26 @@ comment on function credits.get_portal_session(text, text) is
 Errors: 400 invalid_request, 404 account_not_found, checkout_not_found.';
 
 -- Helpers -----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._new_checkout(
+  account_id  text,
+  kind        text,
+  key         text,
+  fingerprint jsonb
+)
+returns credits.checkouts
+language plpgsql
+as $$
+declare
+  v_checkout credits.checkouts;
+begin
+  v_checkout.checkout_id := gen_random_uuid();
+  v_checkout.account_id  := _new_checkout.account_id;
+  v_checkout.kind        := _new_checkout.kind;
+  v_checkout.key         := _new_checkout.key;
+  v_checkout.fingerprint := _new_checkout.fingerprint;
+  return v_checkout;
+end $$;
 
 create or replace function credits._find_checkout(
   account_id text,
