@@ -144,15 +144,13 @@ begin
        and g.effective_at <= _lots_at.at
        and (g.status in ('pending', 'active') or g.held > 0)
     union all
-    select null, m.kind, m.scope, m.expires_at, m.remaining - least(m.remaining, credits._debt_left(_lots_at.balance, _lots_at.at)),
-           m.held
+    select null, m.kind, m.scope, m.expires_at, m.remaining, m.held
       from credits._silent_month(_lots_at.balance, _lots_at.at) m
     union all
     select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r;
 end $$;
 
--- The present months of an account's plans that nobody has booked: only the next one is there as a pending grant, and an
--- account may have been silent for longer.
+-- The present months of an account's plans that nobody has booked, less what they pay of a debt.
 create or replace function credits._silent_month(
   balance credits.balances,
   at      timestamptz
@@ -166,15 +164,47 @@ begin
     return;
   end if;
   return query
-    select null::bigint, 'plan'::credits.grant_kind, null::text[], max(w.period_end), sum(w.amount), 0::numeric
-      from credits._wanted_slices((_silent_month.balance).account_id, _silent_month.at) w
-     where w.period_start <= _silent_month.at
-       and not exists (select from credits.grants g
-                        where g.account_id = (_silent_month.balance).account_id and g.key = w.key)
+    select null::bigint, 'plan'::credits.grant_kind, null::text[], max(m.period_end),
+           sum(m.amount) - credits._paid_by_months(_silent_month.balance, array_agg(m.key), _silent_month.at), 0::numeric
+      from credits._silent_months((_silent_month.balance).account_id, _silent_month.at) m
+     where m.period_end > _silent_month.at
     having count(*) > 0;
 end $$;
 
--- The credits that become free between the last booking and the moment, and the debt that each of them pays.
+-- Months that have begun and that nobody has booked, also those that are over: only the next one is there as a pending grant,
+-- and an account may have been silent for longer.
+create or replace function credits._silent_months(
+  account_id text,
+  at         timestamptz
+)
+returns setof credits.wanted_slice
+language sql
+stable
+as $$
+  select m.*
+    from (select w.* from credits._wanted_slices(_silent_months.account_id, _silent_months.at) w
+          union all
+          select o.* from credits._missed_months(_silent_months.account_id, _silent_months.at) o) m
+   where m.period_start <= _silent_months.at
+     and not exists (select from credits.grants g where g.account_id = _silent_months.account_id and g.key = m.key)
+$$;
+
+create or replace function credits._paid_by_months(
+  balance credits.balances,
+  keys    text[],
+  at      timestamptz
+)
+returns numeric
+language sql
+stable
+as $$
+  select coalesce(sum(d.paid), 0)
+    from credits._freed_at(_paid_by_months.balance, _paid_by_months.at) d
+   where d.month_key = any (_paid_by_months.keys)
+$$;
+
+-- The credits that become free between the last booking and the moment, and the debt that each of them pays. Those of months that
+-- nobody has booked are of no grant.
 create or replace function credits._freed_at(
   balance credits.balances,
   at      timestamptz
@@ -190,14 +220,17 @@ begin
   return query
     with freed as (
       select r.expires_at as due_at, 1 as step, r.reservation_id, null::bigint as started, s.grant_id, s.amount,
-             true as returned
+             true as returned, null as month_key
         from credits.reservations r, unnest(r.grant_ids, r.grant_amounts) s (grant_id, amount)
        where r.account_id = (_freed_at.balance).account_id and r.status = 'open'
          and r.expires_at between (_freed_at.balance).next_due_at and _freed_at.at
       union all
-      select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false
+      select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false, null
         from credits.grants g
        where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= _freed_at.at
+      union all
+      select m.period_start, 3, null, null, null, m.amount, false, m.key
+        from credits._silent_months((_freed_at.balance).account_id, _freed_at.at) m
     )
     select f.grant_id, f.amount, f.returned,
            case when g.scope is null
@@ -206,9 +239,10 @@ begin
                          order by f.due_at, f.step, f.reservation_id, f.started, g.expires_at nulls last,
                                   g.priority, g.effective_at, g.grant_id
                          rows between unbounded preceding and 1 preceding), 0)))
-                else 0 end
+                else 0 end,
+           f.month_key
       from freed f
-      join credits.grants g on g.account_id = (_freed_at.balance).account_id and g.grant_id = f.grant_id;
+      left join credits.grants g on g.account_id = (_freed_at.balance).account_id and g.grant_id = f.grant_id;
 end $$;
 
 create or replace function credits._debt_at(
@@ -219,29 +253,10 @@ returns numeric
 language plpgsql
 stable
 as $$
-declare
-  v_debt numeric := credits._debt_left(_debt_at.balance, _debt_at.at);
 begin
-  if v_debt = 0 or (_debt_at.balance).next_due_at > _debt_at.at then
-    return v_debt;
+  if (_debt_at.balance).debt = 0 or (_debt_at.balance).next_due_at > _debt_at.at then
+    return (_debt_at.balance).debt;
   end if;
-  return v_debt - coalesce((select least(m.remaining, v_debt) from credits._silent_month(_debt_at.balance, _debt_at.at) m), 0);
-end $$;
-
--- The debt after what became free, and the months that have come and gone unseen, have paid of it.
-create or replace function credits._debt_left(
-  balance credits.balances,
-  at      timestamptz
-)
-returns numeric
-language plpgsql
-stable
-as $$
-begin
-  if (_debt_left.balance).debt = 0 or (_debt_left.balance).next_due_at > _debt_left.at then
-    return (_debt_left.balance).debt;
-  end if;
-  return greatest(0, (_debt_left.balance).debt
-    - coalesce((select sum(d.paid) from credits._freed_at(_debt_left.balance, _debt_left.at) d), 0)
-    - credits._missed_months((_debt_left.balance).account_id, _debt_left.at));
+  return (_debt_at.balance).debt
+         - coalesce((select sum(d.paid) from credits._freed_at(_debt_at.balance, _debt_at.at) d), 0);
 end $$;

@@ -57,18 +57,18 @@ begin
   return v_sub;
 end $$;
 
--- Credits of the months of an internal plan that have come and gone without anybody booking them.
+-- Months of an internal plan that have come and gone without anybody booking them.
+drop function if exists credits._missed_months(text, timestamptz);
 create or replace function credits._missed_months(
   account_id text,
   at         timestamptz
 )
-returns numeric
+returns setof credits.wanted_slice
 language plpgsql
 stable
 as $$
 declare
-  v_sub    credits.subscriptions;
-  v_missed numeric := 0;
+  v_sub credits.subscriptions;
 begin
   select s.* into v_sub
     from credits.subscriptions s
@@ -76,13 +76,29 @@ begin
    where s.account_id = _missed_months.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
      and not credits._is_resting(s, _missed_months.at);
   while v_sub.period_end <= _missed_months.at and v_sub.state in ('active', 'canceling') loop
-    if not credits._granted_for(v_sub) then
-      v_missed := v_missed + credits._plan_credits(v_sub.plan);
-    end if;
+    return query
+      select m.*
+        from credits._month_of(v_sub, v_sub.plan, v_sub.period_start, v_sub.period_end) m
+       where m.amount > 0 and not credits._granted_for(v_sub);
     v_sub := credits._internal_at(v_sub, v_sub.period_end);
   end loop;
-  return v_missed;
 end $$;
+
+create or replace function credits._month_of(
+  subscription credits.subscriptions,
+  plan         text,
+  period_start timestamptz,
+  period_end   timestamptz
+)
+returns credits.wanted_slice
+language sql
+stable
+as $$
+  select row((_month_of.subscription).subscription_id, 'plan', null, 0, credits._plan_credits(_month_of.plan), 'plan',
+             _month_of.plan, _month_of.period_start, _month_of.period_end,
+             format('plan:%s:%s', (_month_of.subscription).subscription_id,
+                    floor(extract(epoch from _month_of.period_start))))::credits.wanted_slice
+$$;
 
 -- The anniversary after the one at a moment, counted by its number: the moment may be that of another time zone.
 create or replace function credits._next_anniversary(

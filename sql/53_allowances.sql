@@ -130,14 +130,14 @@ returns setof credits.wanted_slice
 language sql
 stable
 as $$
-  select s.subscription_id, 'plan', null::text, 0, credits._plan_credits(n.plan), 'plan', n.plan, n.period_start,
-         n.period_end, format('plan:%s:%s', s.subscription_id, floor(extract(epoch from n.period_start)))
+  select m.*
     from credits.subscriptions o,
          lateral (select i.* from credits._internal_at(o, _wanted_months.at) i) s,
          lateral (select i.* from credits._internal_at(s, s.period_end) i) x,
          lateral (values (case when credits._granted_for(s) then null else s.plan end, s.period_start, s.period_end),
                          (case when x.state <> 'canceled' then x.plan end, s.period_end, x.period_end)
-                 ) n (plan, period_start, period_end)
+                 ) n (plan, period_start, period_end),
+         lateral (select w.* from credits._month_of(s, n.plan, n.period_start, n.period_end) w) m
    where o.account_id = _wanted_months.account_id and o.source = 'internal' and o.state in ('active', 'canceling')
      and s.state in ('active', 'canceling') and n.plan is not null and not credits._is_resting(s, _wanted_months.at)
 $$;

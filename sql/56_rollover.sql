@@ -97,8 +97,7 @@ declare
   v_sub   credits.subscriptions;
   v_next  credits.subscriptions;
   v_plan  credits.plans;
-  v_debt  numeric;
-  v_paid  numeric;
+  v_month credits.wanted_slice;
   v_carry numeric := 0;
 begin
   if (_rolled_over.balance).next_due_at > v_at then
@@ -112,16 +111,14 @@ begin
     return;
   end if;
   v_carry := credits._returned_late(_rolled_over.balance, v_sub, v_at);
-  v_debt  := (_rolled_over.balance).debt
-             - coalesce((select sum(d.paid) from credits._freed_at(_rolled_over.balance, v_at) d), 0);
   while v_sub.period_end <= v_at and v_sub.state in ('active', 'canceling') loop
     select p.* into v_plan from credits.plans p where p.code = v_sub.plan;
     v_next  := credits._internal_at(v_sub, v_sub.period_end);
     v_carry := v_carry + credits._unspent(_rolled_over.balance, v_sub, v_sub.period_end, v_at);
     if not credits._granted_for(v_sub) and not credits._is_resting(v_sub, v_at) then
-      v_paid  := least(v_debt, v_plan.monthly_credits);
-      v_debt  := v_debt - v_paid;
-      v_carry := v_carry + v_plan.monthly_credits - v_paid;
+      v_month := credits._month_of(v_sub, v_sub.plan, v_sub.period_start, v_sub.period_end);
+      v_carry := v_carry + v_month.amount
+                 - credits._paid_by_months(_rolled_over.balance, array[v_month.key], v_at);
     end if;
     v_carry := case when v_plan.rollover = 'none' or not credits._goes_on(v_next) then 0
                     else least(v_carry, v_plan.rollover_cap) end;

@@ -214,9 +214,12 @@ def something(ledger: Ledger, dice: random.Random, plans: list[str]) -> None:
             ledger.use(1)
 
 
+SEEDS = [*range(20), 117, 132, 153]  # the last ones: months, gifts and holds that pay a debt in turn
+
+
 @pytest.mark.parametrize("plans", [["basic", "pro", "zero"], ["all", "cap"], ["cap", "basic", "all", "zero"]])
 def test_a_read_is_what_a_booking_makes_of_it_after_any_silence(ledger: Ledger, plans: list[str]) -> None:
-    for seed in range(20):
+    for seed in SEEDS:
         dice = random.Random(seed)
         with ledger.conn.transaction(force_rollback=True):
             ledger.now = NOON
