@@ -9,7 +9,7 @@ up: .venv/installed  ## database, schema, demo catalogue, door and a tour
 test: lint  ## make test ARGS="-k webhook -x"
 	$(BIN)/pytest $(ARGS)
 
-fast: .venv/installed  ## the part of the tests that takes less than two minutes
+fast: .venv/installed  ## the part of the tests that takes two or three minutes
 	$(BIN)/pytest --fast -q -n 2 $(ARGS)
 
 bench: .venv/installed
