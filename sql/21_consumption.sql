@@ -3,15 +3,16 @@
 
 -- The grants that can pay, in the order of consumption, which is here and in spend_many's window; the index grants_live is
 -- built for it. Part of the plan of whoever calls it.
+drop function if exists credits._payers(text, text);
 create or replace function credits._payers(
   account_id text,
   capability text
 )
-returns setof credits.lot
+returns setof credits.payer
 language sql
 stable
 as $$
-  select g.grant_id, g.kind, g.scope, g.expires_at, g.remaining::numeric, g.held::numeric
+  select g.grant_id, g.remaining::numeric, g.ctid
     from credits.grants g
    where g.account_id = _payers.account_id and g.status = 'active' and g.remaining > 0
      and (g.scope is null or _payers.capability = any (g.scope))

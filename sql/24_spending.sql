@@ -18,55 +18,57 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_amount numeric;
-  v_below  numeric;
-  v_result credits.entry_result;
+  v_amount  numeric;
+  v_balance numeric;
+  v_free    numeric;
+  v_below   numeric;
+  v_place   tid;
+  v_grants  bigint[];
+  v_at      timestamptz;
+  v_seq     bigint;
+  v_head    bytea;
+  v_result  credits.entry_result;
 begin
-  select trim_scale(spend.amount), b.topup_below into v_amount, v_below
+  select trim_scale(spend.amount), trim_scale(b.balance - spend.amount), trim_scale(b.balance - b.held - spend.amount),
+         b.topup_below, b.ctid
+    into v_amount, v_balance, v_free, v_below, v_place
     from credits.balances b
    where b.account_id = spend.account_id and b.status = 'active' and credits._is_plain(b)
      and credits._would_be_low(b, spend.amount) is not true
      and credits._is_request(spend.amount, spend.key, spend.metadata)
      for no key update;
 
-  -- Mostly the first grant pays, and something is left of it: one statement then does what the general way does.
-  -- Its parts run in the order in which each needs the one before; if the first finds nothing, none does anything. What
-  -- listed members use is counted, and goes the general way.
+  -- Mostly the first grant pays, and something is left of it. If it does not, or the key is known, nothing has happened
+  -- yet. What listed members use is counted, and goes the general way.
   if found and (spend.member_id is null or not credits._is_listed(spend.account_id, spend.member_id)) then
-    with paid as (
-      update credits.grants g
-         set remaining = g.remaining - v_amount, consumed = g.consumed + v_amount
-       where g.account_id = spend.account_id
-         and g.grant_id = (select p.grant_id from credits._payers(spend.account_id, spend.capability) p limit 1)
-         and g.remaining > v_amount
-         and not exists (select from credits.entries e
-                          where e.account_id = spend.account_id and e.operation = 'spend' and e.key = spend.key)
-      returning g.grant_id, credits.now() as created_at
-    ), charged as (
+    update credits.grants g
+       set remaining = g.remaining - v_amount, consumed = g.consumed + v_amount
+     where g.account_id = spend.account_id
+       and g.ctid = (select p.place from credits._payers(spend.account_id, spend.capability) p limit 1)
+       and g.remaining > v_amount
+       and not exists (select from credits.entries e
+                        where e.account_id = spend.account_id and e.operation = 'spend' and e.key = spend.key)
+    returning array[g.grant_id], credits.now() into v_grants, v_at;
+    if found then
       update credits.balances b
-         set balance   = trim_scale(b.balance - v_amount),
+         set balance   = v_balance,
              entry_seq = b.entry_seq + 1,
              hash      = credits._entry_hash(b.hash, row(
-                           b.entry_seq + 1, p.created_at, null, 'spend', 'spend', spend.key, -v_amount, 0,
-                           trim_scale(b.balance - v_amount), trim_scale(b.balance - b.held - v_amount),
-                           array[p.grant_id], array[v_amount], null, null, null, null, null, null, null, null, null
+                           b.entry_seq + 1, v_at, null, 'spend', 'spend', spend.key, -v_amount, 0, v_balance, v_free,
+                           v_grants, array[v_amount], null, null, null, null, null, null, null, null, null
                          )::credits.entries)
-        from paid p
-       where b.account_id = spend.account_id
-      returning b.account_id, b.entry_seq, b.balance, b.held, b.hash, p.grant_id, p.created_at
-    )
-    insert into credits.entries as e (entry_seq, created_at, account_id, kind, operation, key, amount, balance_after,
-      available_after, grant_ids, grant_amounts, hash, subject, member_id, capability, description, fingerprint, metadata)
-    select c.entry_seq, c.created_at, c.account_id, 'spend', 'spend', spend.key, -v_amount, c.balance,
-           trim_scale(c.balance - c.held), array[c.grant_id], array[v_amount], c.hash, spend.subject, spend.member_id,
-           spend.capability, spend.description,
-           credits._spend_print(v_amount, spend.description, spend.subject, spend.member_id, spend.capability,
-                                spend.metadata), coalesce(spend.metadata, '{}')
-      from charged c
-    returning e.entry_seq, e.account_id, e.amount, e.debt, e.balance_after, e.available_after, e.created_at, false
-      into v_result;
-    if found then
-      if v_result.available < v_below then
+       where b.account_id = spend.account_id and b.ctid = v_place
+      returning b.entry_seq, b.hash into v_seq, v_head;
+      insert into credits.entries as e (entry_seq, created_at, account_id, kind, operation, key, amount, balance_after,
+        available_after, grant_ids, grant_amounts, hash, subject, member_id, capability, description, fingerprint,
+        metadata)
+      values (v_seq, v_at, spend.account_id, 'spend', 'spend', spend.key, -v_amount, v_balance, v_free,
+        v_grants, array[v_amount], v_head, spend.subject, spend.member_id, spend.capability, spend.description,
+        credits._spend_print(v_amount, spend.description, spend.subject, spend.member_id, spend.capability,
+                             spend.metadata), coalesce(spend.metadata, '{}'))
+      returning e.entry_seq, e.account_id, e.amount, e.debt, e.balance_after, e.available_after, e.created_at, false
+        into v_result;
+      if v_free < v_below then
         perform credits._after_debit(spend.account_id);
       end if;
       return v_result;

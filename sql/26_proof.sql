@@ -271,6 +271,7 @@ begin
      where r.captured > r.amount
         or (r.status = 'open') <> (r.closed_at is null)
         or (r.status = 'settled') <> (r.actual is not null)
+        or r.actual is distinct from r.charged + r.uncollected
         or (r.status <> 'open' and cardinality(r.grant_ids) > 0);
   return query
     select 'entries_and_reservations_have_an_account', n.account_id, '{}'::jsonb

@@ -22,44 +22,44 @@ as $$
 declare
   v_ttl    interval := coalesce(reserve.ttl, '15 minutes');
   v_amount numeric;
+  v_free   numeric;
   v_below  numeric;
+  v_place  tid;
+  v_grants bigint[];
+  v_at     timestamptz;
   v_result credits.reserve_result;
 begin
-  select trim_scale(reserve.amount), b.topup_below into v_amount, v_below
+  select trim_scale(reserve.amount), trim_scale(b.balance - b.held - reserve.amount), b.topup_below, b.ctid
+    into v_amount, v_free, v_below, v_place
     from credits.balances b
    where b.account_id = reserve.account_id and b.status = 'active' and credits._is_plain(b)
      and credits._is_request(reserve.amount, reserve.reservation_id, reserve.metadata)
      and reserve.min_amount is null and v_ttl > interval '0' and v_ttl <= interval '15 minutes'
      for no key update;
 
-  -- Mostly the first grant can hold it all: one statement then does what the general way does, but for listed members.
+  -- Mostly the first grant can hold it all. If it cannot, or the reservation is known, nothing has happened yet. What
+  -- listed members use is counted, and goes the general way.
   if found and (reserve.member_id is null or not credits._is_listed(reserve.account_id, reserve.member_id)) then
-    with pinned as (
-      update credits.grants g
-         set remaining = g.remaining - v_amount, held = g.held + v_amount
-       where g.account_id = reserve.account_id
-         and g.grant_id = (select p.grant_id from credits._payers(reserve.account_id, reserve.capability) p limit 1)
-         and g.remaining >= v_amount
-         and not exists (select from credits.reservations r
-                          where r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id)
-      returning g.grant_id, credits.now() as created_at
-    ), counted as (
-      update credits.balances b
-         set held = b.held + v_amount, next_due_at = least(b.next_due_at, p.created_at + v_ttl)
-        from pinned p
-       where b.account_id = reserve.account_id
-      returning b.account_id, trim_scale(b.balance - b.held) as free, p.grant_id, p.created_at
-    )
-    insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl,
-      created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
-    select c.account_id, reserve.reservation_id, v_amount, v_amount, c.free, v_ttl, c.created_at, c.created_at + v_ttl,
-           array[c.grant_id], array[v_amount], reserve.description, reserve.subject, reserve.member_id,
-           reserve.capability, coalesce(reserve.metadata, '{}')
-      from counted c
-    returning r.reservation_id, r.account_id, r.amount, r.expires_at, r.available_after, false
-      into v_result;
+    update credits.grants g
+       set remaining = g.remaining - v_amount, held = g.held + v_amount
+     where g.account_id = reserve.account_id
+       and g.ctid = (select p.place from credits._payers(reserve.account_id, reserve.capability) p limit 1)
+       and g.remaining >= v_amount
+       and not exists (select from credits.reservations r
+                        where r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id)
+    returning array[g.grant_id], credits.now() into v_grants, v_at;
     if found then
-      if v_result.available < v_below then
+      update credits.balances b
+         set held = b.held + v_amount, next_due_at = least(b.next_due_at, v_at + v_ttl)
+       where b.account_id = reserve.account_id and b.ctid = v_place;
+      insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl,
+        created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
+      values (reserve.account_id, reserve.reservation_id, v_amount, v_amount, v_free, v_ttl, v_at, v_at + v_ttl,
+        v_grants, array[v_amount], reserve.description, reserve.subject, reserve.member_id, reserve.capability,
+        coalesce(reserve.metadata, '{}'))
+      returning r.reservation_id, r.account_id, r.amount, r.expires_at, r.available_after, false
+        into v_result;
+      if v_free < v_below then
         perform credits._after_debit(reserve.account_id);
       end if;
       return v_result;
@@ -142,10 +142,18 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_amount numeric;
-  v_result credits.settle_result;
+  v_amount  numeric;
+  v_balance numeric;
+  v_free    numeric;
+  v_place   tid;
+  v_hold    record;
+  v_at      timestamptz;
+  v_seq     bigint;
+  v_head    bytea;
+  v_result  credits.settle_result;
 begin
-  select trim_scale(settle.amount) into v_amount
+  select trim_scale(settle.amount), trim_scale(b.balance - settle.amount), b.ctid
+    into v_amount, v_balance, v_place
     from credits.balances b
    where b.account_id = settle.account_id and credits._is_plain(b)
      and credits._would_be_low(b, settle.amount) is not true
@@ -153,55 +161,46 @@ begin
      and coalesce(settle.on_overage, 'cap') in ('cap', 'overflow', 'reject')
      for no key update;
 
-  -- Mostly one grant was pinned, it goes on, the hold suffices, and nobody counts it: one statement then does what the
-  -- general way does.
+  -- Mostly one grant was pinned, it goes on, the hold suffices, and nobody counts it.
   if found then
-    with paid as (
-      update credits.grants g
-         set held      = g.held - r.grant_amounts[1],
-             consumed  = g.consumed + v_amount,
-             remaining = g.remaining + r.grant_amounts[1] - v_amount
-        from credits.reservations r
-       where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id and r.status = 'open'
-         and not r.counted and cardinality(r.grant_ids) = 1 and r.grant_amounts[1] >= v_amount
-         and g.account_id = settle.account_id and g.grant_id = r.grant_ids[1] and g.status = 'active'
-         and g.remaining + r.grant_amounts[1] > v_amount
-      returning credits.now() as created_at, r.grant_ids, r.grant_amounts[1] as held, r.subject, r.member_id,
-                r.capability, r.description, coalesce(settle.metadata, r.metadata) as metadata
-    ), charged as (
+    select r.ctid as place, r.grant_ids, r.grant_amounts[1] as held, trim_scale(r.grant_amounts[1] - v_amount) as rest,
+           r.subject, r.member_id, r.capability, r.description, coalesce(settle.metadata, r.metadata) as metadata,
+           jsonb_build_object('settle', credits._fingerprint(jsonb_build_object(
+             'amount', v_amount, 'on_overage', coalesce(settle.on_overage, 'cap')), settle.metadata)) as request
+      into v_hold
+      from credits.reservations r
+     where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id and r.status = 'open'
+       and not r.counted and cardinality(r.grant_ids) = 1 and r.grant_amounts[1] >= v_amount;
+    update credits.grants g
+       set held = g.held - v_hold.held, consumed = g.consumed + v_amount, remaining = g.remaining + v_hold.rest
+     where g.account_id = settle.account_id and g.grant_id = v_hold.grant_ids[1] and g.status = 'active'
+       and g.remaining + v_hold.rest > 0
+    returning credits.now() into v_at;
+    if found then
       update credits.balances b
-         set balance   = trim_scale(b.balance - v_amount),
-             held      = b.held - p.held,
+         set balance   = v_balance,
+             held      = b.held - v_hold.held,
              entry_seq = b.entry_seq + 1,
              hash      = credits._entry_hash(b.hash, row(
-                           b.entry_seq + 1, p.created_at, null, 'settle', 'settle', settle.reservation_id, -v_amount, 0,
-                           trim_scale(b.balance - v_amount), trim_scale(b.balance - v_amount - b.held + p.held),
-                           p.grant_ids, array[v_amount], null, settle.reservation_id, null, null, null, null, null,
-                           null, null)::credits.entries)
-        from paid p
-       where b.account_id = settle.account_id
-      returning b.account_id, b.entry_seq, b.balance, trim_scale(b.balance - b.held) as available, b.hash, p.*,
-                jsonb_build_object('settle', credits._fingerprint(jsonb_build_object(
-                  'amount', v_amount, 'on_overage', coalesce(settle.on_overage, 'cap')), settle.metadata)) as request
-    ), booked as (
+                           b.entry_seq + 1, v_at, null, 'settle', 'settle', settle.reservation_id, -v_amount, 0,
+                           v_balance, trim_scale(v_balance - b.held + v_hold.held), v_hold.grant_ids, array[v_amount],
+                           null, settle.reservation_id, null, null, null, null, null, null, null)::credits.entries)
+       where b.account_id = settle.account_id and b.ctid = v_place
+      returning b.entry_seq, trim_scale(b.balance - b.held), b.hash into v_seq, v_free, v_head;
       insert into credits.entries as e (entry_seq, created_at, account_id, kind, operation, key, amount, balance_after,
         available_after, grant_ids, grant_amounts, hash, reservation_id, subject, member_id, capability, description,
         fingerprint, metadata)
-      select c.entry_seq, c.created_at, c.account_id, 'settle', 'settle', settle.reservation_id, -v_amount, c.balance,
-             c.available, c.grant_ids, array[v_amount], c.hash, settle.reservation_id, c.subject, c.member_id,
-             c.capability, c.description, c.request, c.metadata
-        from charged c
-    )
-    update credits.reservations r
-       set status = 'settled', closed_at = c.created_at, actual = v_amount, charged = v_amount, uncollected = 0,
-           settle_seq = c.entry_seq, grant_ids = '{}', grant_amounts = '{}',
-           closing = jsonb_build_object('request', c.request, 'balance', c.balance, 'available', c.available)
-      from charged c
-     where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id
-    returning r.reservation_id, r.account_id, r.status, r.actual, r.charged, r.uncollected,
-              trim_scale(c.held - v_amount), r.late, r.settle_seq, c.balance, c.available, false
-      into v_result;
-    if found then
+      values (v_seq, v_at, settle.account_id, 'settle', 'settle', settle.reservation_id, -v_amount, v_balance, v_free,
+        v_hold.grant_ids, array[v_amount], v_head, settle.reservation_id, v_hold.subject, v_hold.member_id,
+        v_hold.capability, v_hold.description, v_hold.request, v_hold.metadata);
+      update credits.reservations r
+         set status = 'settled', closed_at = v_at, actual = v_amount, charged = v_amount, uncollected = 0,
+             settle_seq = v_seq, grant_ids = '{}', grant_amounts = '{}',
+             closing = jsonb_build_object('request', v_hold.request, 'balance', v_balance, 'available', v_free)
+       where r.account_id = settle.account_id and r.ctid = v_hold.place
+      returning r.reservation_id, r.account_id, r.status, r.actual, r.charged, r.uncollected, v_hold.rest, r.late,
+                r.settle_seq, v_balance, v_free, false
+        into v_result;
       return v_result;
     end if;
   end if;

@@ -1,5 +1,5 @@
 -- reserve() and settle() in the general way: whatever the account and the call are like. The usual case is in
--- 30_reservations.sql, in one statement. The caller comes from there; the lock is taken here.
+-- 30_reservations.sql. The caller comes from there; the lock is taken here.
 
 -- The general way to settle: whatever the reservation and the call are like.
 drop function if exists credits._settle(credits.balances, credits.reservations, numeric, text, jsonb, jsonb);

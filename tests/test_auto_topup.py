@@ -215,7 +215,7 @@ def test_a_debit_that_leaves_too_little_asks_for_one_payment(ledger: Ledger) -> 
 
 @pytest.mark.parametrize("general", [False, True])
 def test_every_way_to_use_credits_looks(ledger: Ledger, general: bool) -> None:
-    """The usual case in one statement, and the general way."""
+    """The usual case, and the general way."""
     ledger.open("beta")
     ledger.set_member("alpha", "m1")
     rule(ledger)

@@ -83,7 +83,7 @@ def work(ledger: Ledger, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_one_statement_and_the_general_way_write_the_same(conn: Connection[Any], seed: int) -> None:
+def test_the_usual_case_and_the_general_way_write_the_same(conn: Connection[Any], seed: int) -> None:
     runs = []
     for preparation in ("select", GENERAL_ONLY):
         with conn.transaction(force_rollback=True):
