@@ -337,8 +337,8 @@ begin
   return v_balance;
 end $$;
 
--- Whether credits can move without a look at anything else, which is the usual case: nothing is due, nothing is owed, and what
--- is free is balance - held. The verbs ask while they lock the row; whatever else there is goes the general way.
+-- Whether credits can move without a look at anything else, which is the usual case: nothing is due, nothing is owed, and
+-- what is free is balance - held. The verbs ask while they lock the row; whatever else there is goes the general way.
 create or replace function credits._is_plain(balance credits.balances)
 returns boolean
 language sql

@@ -52,8 +52,9 @@ begin
       from credits.grants g
      where g.account_id = v_account_id and g.status in ('pending', 'active') and g.expires_at <= _book_until.at
     union all
-    select credits._next_turn(v_account_id), 4, null, null
-     where credits._next_turn(v_account_id) <= _book_until.at
+    select min(t.turns_at), 4, null, null
+      from credits._turns(v_account_id) t (turns_at)
+    having min(t.turns_at) <= _book_until.at
     order by due_at, step, reservation_id, grant_id
   loop
     exit when v_due.due_at > v_turned;
@@ -91,6 +92,27 @@ begin
             from credits._coming(_next_due_at.account_id, _next_due_at.after) c (due_at));
 end $$;
 
+-- When a grant that is not over starts, or ends. Inlined, and then found by the index grants_by_due.
+create or replace function credits._due_at(lot credits.grants)
+returns timestamptz
+language sql
+immutable
+as $$
+  select case when (_due_at.lot).status = 'pending' then (_due_at.lot).effective_at else (_due_at.lot).expires_at end
+$$;
+
+-- When plans of the account's own turn. Part of the plan of whoever calls it.
+drop function if exists credits._next_turn(text);
+create or replace function credits._turns(account_id text)
+returns setof timestamptz
+language sql
+stable
+as $$
+  select s.period_end
+    from credits.subscriptions s
+   where s.account_id = _turns.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
+$$;
+
 -- The moments to come, part of the plan of whoever calls it. Reservations are looked at in the order of their deadlines, at
 -- most a hundred: the first open one, else the last of them, is early enough, and an account with a long tail of settled ones
 -- does not pay for it.
@@ -102,7 +124,7 @@ returns setof timestamptz
 language sql
 stable
 as $$
-  select case when g.status = 'pending' then g.effective_at else g.expires_at end
+  select credits._due_at(g)
     from credits.grants g
    where g.account_id = _coming.account_id and g.status in ('pending', 'active')
   union all
@@ -113,9 +135,7 @@ as $$
            order by t.expires_at
            limit 100) r
   union all
-  select s.period_end
-    from credits.subscriptions s
-   where s.account_id = _coming.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
+  select t.turns_at from credits._turns(_coming.account_id) t (turns_at)
 $$;
 
 -- What each lot would hold if everything due were booked at that moment. Debt is paid, in the order of time, by what

@@ -166,20 +166,12 @@ begin
     select g
       from credits.grants g
      where g.status in ('pending', 'active')
-       and case when g.status = 'pending' then g.effective_at else g.expires_at end <= v_now
-       and (case when g.status = 'pending' then g.effective_at else g.expires_at end, g.grant_id)
+       and credits._due_at(g) <= v_now
+       and (credits._due_at(g), g.grant_id)
            > (coalesce(_next_due.after_at, '-infinity'), coalesce(_next_due.after_id, 0))
-     order by case when g.status = 'pending' then g.effective_at else g.expires_at end, g.grant_id
+     order by credits._due_at(g), g.grant_id
      limit _next_due.max_rows);
 end $$;
-
-create or replace function credits._due_at(lot credits.grants)
-returns timestamptz
-language sql
-immutable
-as $$
-  select case when (_due_at.lot).status = 'pending' then (_due_at.lot).effective_at else (_due_at.lot).expires_at end
-$$;
 
 -- One by one: those that were not booked together.
 create or replace function credits._book_others(
@@ -304,7 +296,7 @@ begin
              select sum(d.remaining) as lost
                from credits.grants d
               where d.account_id = b.account_id and d.status in ('pending', 'active')
-                and case when d.status = 'pending' then d.effective_at else d.expires_at end <= _plain_ends.at
+                and credits._due_at(d) <= _plain_ends.at
              having bool_and(d.status = 'active' and d.remaining > 0
                              and not exists (select from credits.plan_grants p
                                               where p.account_id = d.account_id and p.grant_id = d.grant_id))) l

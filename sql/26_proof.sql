@@ -123,7 +123,7 @@ begin
   return query
     select 'nothing_falls_due_unseen', b.account_id, jsonb_build_object('next_due_at', b.next_due_at, 'due_at', min(d.due_at))
       from credits.balances b
-      join (select g.account_id, case g.status when 'pending' then g.effective_at else g.expires_at end as due_at
+      join (select g.account_id, credits._due_at(g) as due_at
               from credits.grants g
              where g.status = 'pending' or (g.status = 'active' and g.remaining > 0)
             union all

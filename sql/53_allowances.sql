@@ -238,16 +238,3 @@ begin
     values (v_sub.account_id, v_sub.subscription_id, v_sub.state, v_sub.state, v_turn.plan, 'period_end', credits.now());
   end if;
 end $$;
-
--- When the account's own plan turns next.
-create or replace function credits._next_turn(account_id text)
-returns timestamptz
-language plpgsql
-stable
-as $$
-begin
-  return (
-    select min(s.period_end)
-      from credits.subscriptions s
-     where s.account_id = _next_turn.account_id and s.source = 'internal' and s.state in ('active', 'canceling'));
-end $$;
