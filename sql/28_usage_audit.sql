@@ -1,4 +1,5 @@
--- What must hold between usages, their reservations and the windows that count them. Part of audit().
+-- What must hold between usages, their reservations and the windows that count them, and between the catalogue and the offers
+-- that a look at access finds. Part of audit().
 
 create or replace function credits._audit_usages()
 returns setof credits.audit_finding
@@ -26,4 +27,9 @@ begin
       from (select n.*, lag(n.number) over (partition by n.account_id, n.capability order by n.admitted_at, n.number) as before
               from credits.usage_admissions n) a
      where a.number <> a.before + 1;
+  return query
+    select 'offers_are_what_plans_say', null, to_jsonb(d)
+      from (select o.* from credits.offers o where o.valid_until > credits.now()
+            except
+            select n.* from credits._offers_at(credits.now()) n) d;
 end $$;

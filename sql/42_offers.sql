@@ -5,25 +5,32 @@ create or replace function credits._work_out_offers()
 returns void
 language plpgsql
 as $$
-declare
-  v_now timestamptz := credits.now();
 begin
   delete from credits.offers;
-  insert into credits.offers (plan, capability, asked_quality, asked_model, offered_by, quality, model, flat, unit_price,
-    rate_id, valid_until)
-  select x.plan, a.capability, a.quality, a.model, a.plan, c.quality, c.model, s.flat, s.unit_price, r.rate_id,
-         credits._rate_until(r, c.quality, c.model, v_now)
-    from credits._askable() a
-    join credits.plans p on p.code = a.plan,
-         lateral (values (a.plan), (case when p.is_default then '' end)) x (plan),
-         lateral (select f.quality, f.model
-                    from credits._plan_choice(a.plan, a.capability, nullif(a.quality, ''), nullif(a.model, '')) f
-                  union all
-                  select null, null
-                   where a.quality = '' and a.model = '' and not credits._has_qualities(a.plan, a.capability)) c,
-         lateral credits._rate(a.capability, c.quality, c.model, v_now) r,
-         lateral credits._simple_price(r.price, c.quality, c.model, a.unit) s
-   where x.plan is not null and num_nonnulls(s.flat, s.unit_price) = 1;
+  insert into credits.offers select o.* from credits._offers_at(credits.now()) o;
+end $$;
+
+-- The catalogue as offers, for a write and for the audit.
+create or replace function credits._offers_at(at timestamptz)
+returns setof credits.offers
+language plpgsql
+stable
+as $$
+begin
+  return query
+    select x.plan, a.capability, a.quality, a.model, a.plan, c.quality, c.model, s.flat, s.unit_price, r.rate_id,
+           credits._rate_until(r, c.quality, c.model, _offers_at.at)
+      from credits._askable() a
+      join credits.plans p on p.code = a.plan,
+           lateral (values (a.plan), (case when p.is_default then '' end)) x (plan),
+           lateral (select f.quality, f.model
+                      from credits._plan_choice(a.plan, a.capability, nullif(a.quality, ''), nullif(a.model, '')) f
+                    union all
+                    select null, null
+                     where a.quality = '' and a.model = '' and not credits._has_qualities(a.plan, a.capability)) c,
+           lateral credits._rate(a.capability, c.quality, c.model, _offers_at.at) r,
+           lateral credits._simple_price(r.price, c.quality, c.model, a.unit) s
+     where x.plan is not null and num_nonnulls(s.flat, s.unit_price) = 1;
 end $$;
 
 -- What can be asked of a plan: each capability without limits, with or without each quality and model that it has.

@@ -218,6 +218,8 @@ TWO_TOP_UPS = """
   drop index credits.top_ups_one_open;
   insert into credits.top_ups (account_id, top_up_id, purchase_id, available, customer_id, payment_method, created_at)
   select 'alpha', n, n, 0, 'cus_1', 'pm_1', now() from generate_series(1, 2) n"""
+OFFER = """
+  insert into credits.offers values ('free', 'outline', '', '', 'free', null, null, 1, null, 1, 'infinity')"""
 KEY_TWICE = """
   alter table credits.entries drop constraint entries_one_per_key;
   update credits.entries set key = 'm1' where account_id = 'alpha' and key = 'm2'"""
@@ -297,6 +299,7 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("windows_count_their_usages", "update credits.usage_windows set calls = calls + 1"),
     ("windows_count_their_usages", "update credits.usages set status = 'open' where usage_id = 'u2'"),
     ("admissions_are_numbered", "update credits.usage_admissions set number = number + 1 where number = 2"),
+    ("offers_are_what_plans_say", OFFER),
     ("clawbacks_reach_their_target", REFUNDED),
     ("clawbacks_reach_their_target", "delete from credits.clawbacks; " + REFUNDED),
 ]  # fmt: skip
