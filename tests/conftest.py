@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from client import Client
 from ledger_support import SETTABLE_CLOCK
@@ -21,10 +22,12 @@ NEEDED = 4 << 30  # three servers, each with up to 1 GB of its log of changes, a
 
 # These wait more than they work. They come first, so that the other workers fill the time; at the end nobody would.
 WAITING = {"test_compose", "test_embedded", "test_pg_cron"}
-SLOW = {"test_ledger_model", "test_plans", "test_stripe_scenarios", "test_subscription_machine", "test_ways"}
+SLOW = {"test_ledger_model", "test_plans", "test_stripe_fixtures", "test_stripe_scenarios", "test_subscription_machine",
+        "test_ways"}  # fmt: skip
 
 TABLES_SIZE = "select sum(pg_relation_size(oid)) from pg_class where relnamespace = 'credits'::regnamespace"
 MANY_DEAD = 4 << 20  # bytes
+SUPERUSER = "postgres"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,13 +110,16 @@ class Common:
     @contextmanager
     def borrowed(self, role: str) -> Iterator[Connection[Any]]:
         """An idle connection, or a new one, in a transaction that is rolled back."""
-        conn = self._idle.pop(role, None) or self.database.connect(role)
+        conn = self._idle.pop(role, None) or self._connect(role)
         conn.execute("select 1")  # or the first conn.transaction() of the test would be the outermost, and commit
         yield conn
         if not conn.closed:
             conn.rollback()
             conn.row_factory = tuple_row
             self._idle[role] = conn
+
+    def _connect(self, role: str) -> Connection[Any]:
+        return psycopg.connect(self.database.admin_dsn) if role == SUPERUSER else self.database.connect(role)
 
     def tidy(self) -> None:
         """Replace it if its tables have grown."""
@@ -163,6 +169,13 @@ def conn(shared: Database, common: Common) -> Iterator[Connection[Any]]:
 def owner(shared: Database, common: Common) -> Iterator[Connection[Any]]:
     """The same as credits_owner, who may see and change tables."""
     with common.borrowed("credits_owner") as conn:
+        yield conn
+
+
+@pytest.fixture
+def superuser(shared: Database, common: Common) -> Iterator[Connection[Any]]:
+    """The same as a superuser, whom nothing stops."""
+    with common.borrowed(SUPERUSER) as conn:
         yield conn
 
 
