@@ -6,10 +6,13 @@ BIN := .venv/bin
 up: .venv/installed  ## database, schema, demo catalogue, door and a tour
 	@$(BIN)/pgcredits up
 
+# Each process of a run would otherwise compile all tests and all of glue/ anew, where the environment forbids caches.
+test fast: export PYTHONDONTWRITEBYTECODE =
+
 test: lint  ## make test ARGS="-k webhook -x"
 	$(BIN)/pytest $(ARGS)
 
-fast: .venv/installed  ## the part of the tests that takes two or three minutes
+fast: .venv/installed  ## the part of the tests that takes two minutes
 	$(BIN)/pytest --fast -q -n 2 $(ARGS)
 
 bench: .venv/installed

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +72,12 @@ def packaged() -> Path:
     return found
 
 
-def start(base: Path, install: Path | None = None, port: int = 0, conf: str = "") -> Server:
+def start(base: Path, install: Path | None = None, port: int = 0, conf: str = "", initdb: Sequence[str] = ()) -> Server:
     """Start the server whose data live in base, or join the one that runs.
 
     install is the folder that has bin/postgres (default: the packaged 18). port 0 takes a free one. conf is added to
-    postgresql.conf when the data directory is made. Raises EmbeddedError.
+    postgresql.conf when the data directory is made, initdb to the arguments of the program that makes it. Raises
+    EmbeddedError.
     """
     base = base.resolve()
     base.mkdir(parents=True, exist_ok=True)
@@ -94,7 +95,7 @@ def start(base: Path, install: Path | None = None, port: int = 0, conf: str = ""
     try:
         with _exclusive(data):
             control = _Control(install, data, run_as)
-            passwords = _initialise(base, control, conf)
+            passwords = _initialise(base, control, conf, initdb)
             for _ in range(300):
                 if not control.running():
                     control.start(port)
@@ -154,7 +155,7 @@ class _Control:
         return int((self.data / "postmaster.pid").read_text().splitlines()[3])
 
 
-def _initialise(base: Path, control: _Control, conf: str) -> dict[str, str]:
+def _initialise(base: Path, control: _Control, conf: str, initdb: Sequence[str]) -> dict[str, str]:
     secret = base / "passwords.json"
     if (control.data / "PG_VERSION").exists():
         if not secret.exists():
@@ -174,6 +175,7 @@ def _initialise(base: Path, control: _Control, conf: str) -> dict[str, str]:
         made = control.run(
             "initdb", "-U", "postgres", "-A", "scram-sha-256", f"--pwfile={pwfile}", "-E", "UTF8", "--locale=C",
             *(["--no-sync"] if "fsync = off" in conf else []),
+            *initdb,
         )  # fmt: skip
         if made.returncode:
             raise EmbeddedError(f"initdb failed: {made.stdout.strip()[-1000:]}")

@@ -321,9 +321,9 @@ def test_types_of_the_caller_never_run_as_the_owner(prepared: Database) -> None:
 
 
 @pytest.mark.parametrize("server", ["pg18"], indirect=True)  # one engine is enough for so many rows
-def test_a_page_of_one_account_among_many_rows_is_read_by_an_index(ledger: Ledger) -> None:
-    with ledger.as_owner():
-        ledger.conn.execute(
+def test_a_page_of_one_account_among_many_rows_is_read_by_an_index(prepared: Database) -> None:
+    with prepared.connect("credits_owner") as owner:
+        owner.execute(
             """
             insert into credits.entries (entry_seq, created_at, account_id, kind, operation, amount, balance_after,
                                          available_after, hash)
@@ -332,19 +332,20 @@ def test_a_page_of_one_account_among_many_rows_is_read_by_an_index(ledger: Ledge
               from generate_series(1, 1000000) n
             """
         )
-        ledger.conn.execute("analyze credits.entries")
-    browser = Browser(ledger.conn)
-    for rest in (
-        "order by v.entry_seq desc limit 50",
-        "where v.account_id = 'alpha' and v.entry_seq < 100 order by v.entry_seq desc limit 50",
-        "where v.account_id = 'beta'",
-    ):
-        (((plan,),),) = browser.query(f"explain (analyze, format json) select * from credits_api.history v {rest}")
-        scans = [node for node in nodes(plan["Plan"]) if node.get("Relation Name") == "entries"]
-        assert scans
-        for scan in scans:
-            assert scan["Node Type"] != "Seq Scan", plan
-            assert scan.get("Rows Removed by Filter", 0) == 0, plan
+        owner.execute("analyze credits.entries")
+    with prepared.connect() as conn:
+        browser = Browser(conn)
+        for rest in (
+            "order by v.entry_seq desc limit 50",
+            "where v.account_id = 'alpha' and v.entry_seq < 100 order by v.entry_seq desc limit 50",
+            "where v.account_id = 'beta'",
+        ):
+            (((plan,),),) = browser.query(f"explain (analyze, format json) select * from credits_api.history v {rest}")
+            scans = [node for node in nodes(plan["Plan"]) if node.get("Relation Name") == "entries"]
+            assert scans
+            for scan in scans:
+                assert scan["Node Type"] != "Seq Scan", plan
+                assert scan.get("Rows Removed by Filter", 0) == 0, plan
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:

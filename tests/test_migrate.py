@@ -136,6 +136,11 @@ def outside_a_transaction(home: Path) -> None:
     (home / "migrations" / "9999.broken.sql").write_text("-- transactional: false\nvacuum;")
 
 
+def in_another_order(home: Path) -> None:
+    broken_migration(home)
+    (home / "migrations" / "9999.broken.sql").write_text("-- depends: 0001.house\ncreate table credits.t ();")
+
+
 @pytest.mark.parametrize("server", ["pg15"], indirect=True)
 @pytest.mark.parametrize(
     ("do_break", "says"),
@@ -148,6 +153,7 @@ def outside_a_transaction(home: Path) -> None:
         (without_a_way_back, ["9999.broken.rollback.sql is missing"]),
         (breaking_out, ["98_broken.sql, line 2", "'COMMIT'"]),
         (outside_a_transaction, ["9999.broken.sql", "transactional: false"]),
+        (in_another_order, ["9999.broken.sql: 'depends'", "in the order of their names"]),
     ],
 )
 def test_a_broken_file_changes_nothing(empty_database: Database, home: Path, do_break: Break, says: list[str]) -> None:

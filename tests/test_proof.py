@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -11,7 +10,6 @@ import psycopg
 import pytest
 from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, session, told
 from psycopg import Connection
-from servers import Database
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -106,15 +104,13 @@ def ledger(conn: Connection[Any]) -> Ledger:
 
 
 @pytest.fixture
-def intruder(shared: Database) -> Iterator[Ledger]:
+def intruder(superuser: Connection[Any]) -> Ledger:
     """A superuser whom no trigger and no foreign key stops."""
-    with psycopg.connect(shared.admin_dsn) as conn:
-        ledger = Ledger(conn)
-        busy(ledger)
-        assert_sound(ledger)
-        conn.execute("set session_replication_role = replica")
-        yield ledger
-        conn.rollback()
+    ledger = Ledger(superuser)
+    busy(ledger)
+    assert_sound(ledger)
+    superuser.execute("set local session_replication_role = replica")
+    return ledger
 
 
 def text_of(entry: Any) -> str:
