@@ -29,6 +29,7 @@ declare
   v_head    bytea;
   v_result  credits.entry_result;
 begin
+  -- Rows of a locked account stay where they are: what follows finds them by their place.
   select trim_scale(spend.amount), trim_scale(b.balance - spend.amount), trim_scale(b.balance - b.held - spend.amount),
          b.topup_below, b.ctid
     into v_amount, v_balance, v_free, v_below, v_place
