@@ -40,7 +40,8 @@ Json = dict[str, Any]
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs/examples"
-CRON_TURN = 90  # seconds: a minute until it wakes, and what the jobs take
+CRON_TURN = 120  # seconds: a minute until it wakes, what the jobs take, and perhaps a second turn
+QUIET = range(5, 50)  # seconds of a minute: pg_cron has begun what this one brings, and the next is not near
 TURN = """
 select d.jobid, d.status, d.return_message from cron.job_run_details d join cron.job j using (jobid)
  where j.database = %s"""
@@ -165,13 +166,14 @@ class Product:
             finally:
                 self.command("pgcredits jobs unschedule")
             assert not cron.execute(ENTRIES, [self.database.name]).fetchall()
-            until(lambda: not admin.execute(WORKERS).fetchall())  # a minute may have turned meanwhile
+            until(lambda: not admin.execute(WORKERS).fetchall())
 
     def turned(self, cron: Connection[Any]) -> bool:
-        """Whether both of its workers have been through."""
+        """Whether both of its workers have been through, and no other turn is under way or near: it would be cut off."""
         runs = cron.execute(TURN, [self.database.name]).fetchall()
         assert "failed" not in {status for _, status, _ in runs}, runs
-        return len({entry for entry, status, _ in runs if status == "succeeded"}) == 2
+        through = len({entry for entry, _, _ in runs}) == 2 and {status for _, status, _ in runs} == {"succeeded"}
+        return through and int(time.time() % 60) in QUIET
 
     def job(self, name: str) -> int:
         """Run a job to its end; how much it did."""
