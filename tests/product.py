@@ -169,7 +169,7 @@ class Product:
             until(lambda: not admin.execute(WORKERS).fetchall())
 
     def turned(self, cron: Connection[Any]) -> bool:
-        """Whether both of its workers have been through, and no other turn is under way or near: it would be cut off."""
+        """Whether both of its workers have been through, and no other turn is near: it would be cut off."""
         runs = cron.execute(TURN, [self.database.name]).fetchall()
         assert "failed" not in {status for _, status, _ in runs}, runs
         through = len({entry for entry, _, _ in runs}) == 2 and {status for _, status, _ in runs} == {"succeeded"}
