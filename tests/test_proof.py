@@ -267,7 +267,6 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("entries_are_well_formed", "update credits.entries set fingerprint = null where key is not null"),
     ("grants_are_well_formed", lots("expires_at = effective_at")),
     ("reservations_are_well_formed", hold("closed_at = now()")),
-    ("reservations_are_well_formed", "update credits.reservations set actual = charged + 1 where status = 'settled'"),
     ("reservations_are_well_formed", "update credits.reservations set uncollected = null where status = 'settled'"),
     (STRAY, "update credits.entries set account_id = 'ghost' where account_id = 'alpha'"),
     (STRAY, "update credits.reservations set account_id = 'ghost' where account_id = 'alpha'"),
