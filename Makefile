@@ -12,7 +12,7 @@ test fast: export PYTHONDONTWRITEBYTECODE =
 test: lint  ## make test ARGS="-k webhook -x"
 	$(BIN)/pytest $(ARGS)
 
-fast: .venv/installed  ## the part of the tests that takes two minutes
+fast: .venv/installed  ## the part of the tests that takes less than two minutes
 	$(BIN)/pytest --fast -q -n 2 $(ARGS)
 
 bench: .venv/installed

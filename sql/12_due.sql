@@ -101,7 +101,7 @@ as $$
   select case when (_due_at.lot).status = 'pending' then (_due_at.lot).effective_at else (_due_at.lot).expires_at end
 $$;
 
--- When plans of the account's own turn. Part of the plan of whoever calls it.
+-- When the account's own plans turn. Part of the plan of whoever calls it.
 drop function if exists credits._next_turn(text);
 create or replace function credits._turns(account_id text)
 returns setof timestamptz

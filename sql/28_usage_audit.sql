@@ -6,6 +6,8 @@ returns setof credits.audit_finding
 language plpgsql
 stable
 as $$
+declare
+  v_now timestamptz := credits.now();
 begin
   return query
     select 'usages_are_as_their_reservations', u.account_id,
@@ -29,7 +31,7 @@ begin
      where a.number <> a.before + 1;
   return query
     select 'offers_are_what_plans_say', null, to_jsonb(d)
-      from (select o.* from credits.offers o where o.valid_until > credits.now()
+      from (select o.* from credits.offers o where o.valid_until > v_now
             except
-            select n.* from credits._offers_at(credits.now()) n) d;
+            select n.* from credits._offers_at(v_now) n) d;
 end $$;

@@ -161,7 +161,8 @@ begin
      and coalesce(settle.on_overage, 'cap') in ('cap', 'overflow', 'reject')
      for no key update;
 
-  -- Mostly one grant was pinned, it goes on, the hold suffices, and nobody counts it.
+  -- Mostly one grant was pinned, it goes on, the hold suffices, and nobody counts it. If not, v_hold is null or its grant is
+  -- not found, and nothing has happened yet.
   if found then
     select r.ctid as place, r.grant_ids, r.grant_amounts[1] as held, trim_scale(r.grant_amounts[1] - v_amount) as rest,
            r.subject, r.member_id, r.capability, r.description, coalesce(settle.metadata, r.metadata) as metadata,

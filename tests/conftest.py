@@ -132,7 +132,7 @@ class Common:
 
 @pytest.fixture(scope="session")
 def common(server: Engine) -> Iterator[Common]:
-    """What shared, conn and owner give out."""
+    """What shared, conn, owner and superuser give out."""
     with closing(Common(server)) as common:
         yield common
 
