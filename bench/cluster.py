@@ -32,6 +32,12 @@ HISTORY = (
     "select credits.reserve('acct_' || n, 2, 'past_{i}') from generate_series(1, {accounts}) n",
     "select credits.settle('acct_' || n, 'past_{i}', 1) from generate_series(1, {accounts}) n",
 )
+USES = (  # a table that was empty when it was vacuumed is scanned as a whole
+    "select credits.authorize_usage('user_' || n, name, 10, 'best', 'past_' || name)"
+    " from generate_series(1, {accounts}) n, unnest(array['chapter', 'image']) name",
+    "select credits.settle_usage('user_' || n, 'past_' || name, 10)"
+    " from generate_series(1, {accounts}) n, unnest(array['chapter', 'image']) name",
+)
 SHOWN = (
     "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size", "checkpoint_timeout",
     "wal_compression", "wal_sync_method", "data_checksums", "autovacuum", "max_connections", "jit",
@@ -158,6 +164,8 @@ def prepare(database: Database, accounts: int, home: Path) -> None:
             " select 'acct_' || n, -i, -1, 3000000000 + i from generate_series(1, %s) i, generate_series(1, %s) n",
             [past, accounts],
         )
+    with database.connect(None) as conn:
+        conn.execute((HERE / "bare.sql").read_bytes())
     _vacuum(database)
 
 
@@ -205,6 +213,8 @@ def prepare_access(database: Database, accounts: int) -> None:
             "  from generate_series(1, %s) n, lateral (values ('user_' || n)) x (name)",
             [accounts],
         )
+        for statement in USES:
+            conn.execute(statement.format(accounts=accounts).encode())
     _vacuum(database)
 
 

@@ -34,6 +34,8 @@ from pgcredits import embedded, migrate
 FLOOR = Operation("floor", "floor.sql")
 SPEND = Operation("spend", "spend.sql", goal=0.5)
 PAIR = Operation("reserve + settle", "reserve_settle.sql", goal=0.28)
+BARE_SPEND = Operation("its writes alone", "bare_spend.sql")
+BARE_PAIR = Operation("its writes alone", "bare_reserve_settle.sql")
 READ = Operation("get_balance", "get_balance.sql")
 PURCHASE = Operation("Stripe purchase", "purchase.sql")
 LOOKUP = Operation("primary-key select", "lookup.sql")
@@ -62,7 +64,7 @@ def measure(bench: Bench, groups: list[str], clients: list[int]) -> list[Cell]:
     cells: list[Cell] = []
     for number in clients:
         if "all" in groups:
-            cells += bench.alternate(FLOOR, [SPEND, PAIR], number)
+            cells += bench.alternate(FLOOR, [SPEND, BARE_SPEND, PAIR, BARE_PAIR], number)
         if "hot" in groups:
             cells += bench.alternate(FLOOR, [SPEND, PAIR], number, hot=True)
     if "many" in groups:
