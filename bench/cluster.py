@@ -32,11 +32,10 @@ HISTORY = (
     "select credits.reserve('acct_' || n, 2, 'past_{i}') from generate_series(1, {accounts}) n",
     "select credits.settle('acct_' || n, 'past_{i}', 1) from generate_series(1, {accounts}) n",
 )
+USED = "from generate_series(1, {accounts}) n, unnest(array['chapter', 'image']) name"
 USES = (  # a table that was empty when it was vacuumed is scanned as a whole
-    "select credits.authorize_usage('user_' || n, name, 10, 'best', 'past_' || name)"
-    " from generate_series(1, {accounts}) n, unnest(array['chapter', 'image']) name",
-    "select credits.settle_usage('user_' || n, 'past_' || name, 10)"
-    " from generate_series(1, {accounts}) n, unnest(array['chapter', 'image']) name",
+    f"select credits.authorize_usage('user_' || n, name, 10, 'best', 'past_' || name) {USED}",
+    f"select credits.settle_usage('user_' || n, 'past_' || name, 10) {USED}",
 )
 SHOWN = (
     "fsync", "synchronous_commit", "full_page_writes", "shared_buffers", "max_wal_size", "checkpoint_timeout",

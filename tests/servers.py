@@ -41,6 +41,8 @@ cron.use_background_workers = on
 max_worker_processes = 20
 """
 ENGINES = ["pg18", "pg15"]
+WHEELS = Path(__file__).parent.parent / ".postgresql"  # where .ci/run puts the versions between
+EVERY_VERSION = pytest.mark.parametrize("server", [*ENGINES, "pg16", "pg17"], indirect=True)
 _numbers = itertools.count(1)
 
 
@@ -147,12 +149,20 @@ class Engine:
             admin.execute(sql.SQL("alter database {} rename to {}").format(name, sql.Identifier(TEMPLATE)))
 
 
+def find_install(version: str) -> Path:
+    """The folder with the programs of a major version, or the test is skipped."""
+    if version == "18":
+        return embedded.packaged()
+    found = [DEBIAN] if version == "15" else list((WHEELS / version).glob("*/pginstall"))
+    if not found or not (found[0] / "bin" / "postgres").exists():
+        missing(f"postgresql{version}", f"PostgreSQL {version} is not installed; .ci/run says how")
+    return found[0]
+
+
 @contextmanager
 def engine(name: str, folder: Path) -> Iterator[Engine]:
     """Start or join the server called name of this test run."""
-    install = embedded.packaged() if name == "pg18" else DEBIAN
-    if not (install / "bin" / "postgres").exists():
-        missing("postgresql15", f"no PostgreSQL 15 in {install}")
+    install = find_install(name.removeprefix("pg"))
     conf = CONF + (CRON if has_cron(install) else "") + (CONF_18 if name == "pg18" else "")
     initdb = INITDB_18 if name == "pg18" else ()
     with (

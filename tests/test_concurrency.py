@@ -12,7 +12,7 @@ import pytest
 from client import CreditsError
 from conftest import stop_clock
 from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, committed, together
-from servers import Database
+from servers import EVERY_VERSION, Database
 
 THREADS = 20
 
@@ -193,6 +193,7 @@ EXPECTED = {
 }
 
 
+@EVERY_VERSION
 @pytest.mark.parametrize("accounts", [["alpha"], ["alpha", "beta"], ["alpha", "beta", "Cy", "dee"]], ids=len)
 def test_any_verbs_at_once_neither_deadlock_nor_break_an_invariant(
     ledger: Ledger, database: Database, accounts: list[str]

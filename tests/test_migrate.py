@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from client import Client
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from servers import OWNER, Database
+from servers import EVERY_VERSION, OWNER, Database
 from yoyo import get_backend, read_migrations
 
 from pgcredits import migrate
@@ -34,6 +34,7 @@ def pgcredits(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@EVERY_VERSION
 def test_the_owner_needs_no_superuser(empty_database: Database) -> None:
     with psycopg.connect(empty_database.dsn) as conn:
         rights = conn.execute("select rolname, rolsuper, rolbypassrls from pg_roles where rolname = current_user")
@@ -190,6 +191,7 @@ def test_a_database_from_the_future_is_left_alone(database: Database) -> None:
         migrate.rollback(database.dsn)
 
 
+@EVERY_VERSION
 def test_back_step_by_step_and_forth_again(database: Database) -> None:
     with database.connect(autocommit=True) as conn:
         client = Client(conn)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from five_ways import JWT_SECRET
 from product import Product
-from servers import Database
+from servers import EVERY_VERSION, Database
 
 PACKS = {"pack_100": 500, "pack_500": 2000, "pack_2000": 7000}
 
@@ -40,6 +40,7 @@ def at_once(starter: Product, who: str, call: str, schema: str, **arguments: Any
         return list(pool.map(lambda _: starter.rpc(who, call, schema, **arguments).json(), range(10)))
 
 
+@EVERY_VERSION
 def test_the_days_of_a_saas_starter(starter: Product) -> None:
     prices_come_from_stripe(starter)
     tokens_are_short(starter)
