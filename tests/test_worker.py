@@ -446,8 +446,10 @@ def test_a_worker_that_is_killed_loses_nothing_and_does_nothing_twice(
 
         workers = [start(), start()]
         for n in range(KILLS):
+            before = len(fake.calls)
             for account in accounts[n * 10 : n * 10 + 10]:
                 customer(ledger, account)
+            until(lambda before=before: len(fake.calls) > before)  # on a busy machine nobody would have begun
             time.sleep(luck.random() / 5)
             os.kill(workers.pop(0), signal.SIGKILL)
             workers.append(start())
