@@ -287,7 +287,8 @@ async def arguments(request: Request, limit: int) -> str:
     """The body as text. Raises Refused."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(400, f"Content-Type not acceptable: {kind[:100]}", None, code="PGRST102")
+        hint = "The body is JSON: send Content-Type: application/json."
+        raise Refused(400, f"Content-Type not acceptable: {kind[:100]}", hint, code="PGRST102")
     try:
         return (await read(request, limit)).decode() or "{}"
     except UnicodeDecodeError as error:
