@@ -48,9 +48,7 @@ def as_curl(http: httpx.Client, command: str) -> httpx.Response:
     headers = dict(value.split(": ", 1) for flag, value in given if flag == "-H")
     for flag, kind in ("-d", "application/x-www-form-urlencoded"), ("--json", "application/json"):
         for data in (value for name, value in given if name == flag):
-            return http.post(
-                address.removeprefix("$DOOR"), content=data, headers={"Content-Type": kind, **headers}
-            )
+            return http.post(address.removeprefix("$DOOR"), content=data, headers={"Content-Type": kind, **headers})
     return http.get(address.removeprefix("$DOOR"), headers=headers)
 
 
