@@ -207,6 +207,18 @@ def test_commands_take_on_the_role_that_belongs_to_the_login(database: Database)
     assert pgcredits(env, "events", "list", "--dsn", database.dsn).returncode == 0
 
 
+def test_a_word_that_is_none_finds_not_nothing_but_is_refused(database: Database) -> None:
+    env = environment(PGCREDITS_DSN=database.dsn)
+    for command, words in (
+        (("events", "list", "--status", "fail"), "status is received, applied, ignored, parked or failed."),
+        (("notify", "list", "--state", "failed"), "state is pending, sent, delivered or dead."),
+    ):
+        answer = pgcredits(env, *command)
+        assert answer.returncode == 1
+        assert words in answer.stderr
+        assert pgcredits(env, *command[:3], words.split()[-1].rstrip(".")).returncode == 0
+
+
 def test_what_is_not_found_is_said_once(database: Database) -> None:
     answer = pgcredits(environment(PGCREDITS_DSN=database.dsn), "events", "show", "evt_nope")
     assert answer.stderr == 'pgcredits: event_not_found · {"event_id": "evt_nope"}\n'

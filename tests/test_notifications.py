@@ -114,7 +114,7 @@ def test_a_target_has_no_more_than_its_share_of_a_worker(ledger: Ledger) -> None
     ledger.complete_notification(next(row.delivery_id for row in first if row.target == "shop"), 204)
     assert claimed("one") == ["shop"]
     ledger.now += LEASE
-    assert claimed("one") == ["shop", "shop", "slow", "slow"]  # what nobody brought back counts no more, and comes again
+    assert claimed("one") == ["shop", "shop", "slow", "slow"]  # what nobody brought back comes again
 
 
 def test_e_mail_is_for_whom_it_concerns(ledger: Ledger) -> None:
