@@ -89,6 +89,7 @@ def test_up_from_nothing_and_ctrl_c(tmp_path: Path) -> None:
             assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
             opened = httpx.post(f"{url}/rpc/open_account", json={"account_id": "by_http"}, headers=backend)
             assert opened.status_code == 200, opened.text
+            assert process.stdout
             assert f"demo --url {url}\n" in process.stdout.readline()
             again = pgcredits(env, "demo", "--url", url)
             assert again.returncode == 0, again.stderr
