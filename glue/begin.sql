@@ -7,6 +7,9 @@ set local search_path = pg_catalog, pg_temp;
 -- A file of sql/ reads top-down, so a function may stand above those it calls. check.sql looks at every body at the end.
 set local check_function_bodies = off;
 
+-- psql prints notices. What is dropped if it is there, or made if it is not, is no news to an operator.
+set local client_min_messages = warning;
+
 -- The tables of yoyo-migrations 9 (its schema version 2), so that its command line understands them.
 create schema if not exists credits_migrations;
 create table if not exists credits_migrations._yoyo_migration (

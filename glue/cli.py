@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import shutil
 import socket
 import sys
 import threading
@@ -29,10 +30,7 @@ from pgcredits.settings import Settings, SettingsError
 # The door and the workers are imported by the commands that run them: their libraries take longer to load than most
 # other commands to work.
 
-cli = typer.Typer(
-    help="Prepaid credits inside your own Postgres.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False,
-)  # fmt: skip
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 cli.add_typer(catalog_cli, name="catalog")
 cli.add_typer(events_cli, name="events")
 cli.add_typer(imports_cli, name="import")
@@ -40,6 +38,22 @@ cli.add_typer(settings_cli, name="settings")
 cli.add_typer(stripe_cli, name="stripe")
 cli.add_typer(notify_cli, name="notify")
 cli.add_typer(jobs_cli, name="jobs")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"pgcredits {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    *,
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Prepaid credits inside your own Postgres."""
 
 
 def main() -> None:
@@ -67,10 +81,22 @@ def _complain(error: Exception) -> None:
     if isinstance(error, catalog.CatalogError | balances.BalancesError):
         print(text, file=sys.stderr, flush=True)  # its lines begin with the file, for editors to jump to
         return
-    if isinstance(error, psycopg.Error) and error.diag.message_primary:
-        parts = (error.diag.message_primary, error.diag.message_hint, error.diag.message_detail)
-        text = " · ".join(part for part in parts if part)
+    if isinstance(error, psycopg.Error):
+        text = " · ".join(_parts(error))
     print(f"pgcredits: {text}", file=sys.stderr, flush=True)
+
+
+def _parts(error: psycopg.Error) -> list[str]:
+    """What the database or its driver says, and what to do where that is known better here."""
+    said, hint, detail = error.diag.message_primary, error.diag.message_hint, error.diag.message_detail
+    if isinstance(error, psycopg.errors.UndefinedFunction | psycopg.errors.InvalidSchemaName):
+        hint = f"This is pgcredits {__version__}; to bring the database to it: pgcredits migrate"
+    elif isinstance(error, psycopg.errors.InsufficientPrivilege):
+        hint = "Log in as a member of credits_service, or set PGCREDITS_ROLE=credits_service if the login may become it"
+    elif isinstance(error, psycopg.ProgrammingError) and not said:
+        hint = "--dsn or PGCREDITS_DSN must be an address such as postgresql://user@host/database"
+    parts = (said or " ".join(str(error).split()), hint, detail)
+    return list(dict.fromkeys(part for part in parts if part))  # the hint of an error that has none is its code
 
 
 @cli.command()
@@ -82,6 +108,11 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
             migrate.migrate(target)
         with progress("The demo catalogue is loaded"), psycopg.connect(target) as conn:
             db.call(conn, "load_demo_catalog")
+        own = not (dsn or settings.dsn)
+        if own:
+            from pgcredits import embedded
+
+            embedded.let_it_act_for_callers(target)
         if not settings.webhook_secrets:
             settings = replace(settings, webhook_secrets={"": (_development_secret(settings.data),)})
             console.print(f"A development signing secret is kept in {settings.data / 'webhook_secret'}")
@@ -90,9 +121,11 @@ def up(dsn: Dsn = "", *, tour: bool = True) -> None:
             if tour:
                 _tour(target, url, settings)
             console.print(f"\n[bold green]pgcredits serves on {url}[/bold green]   Ctrl-C stops it")
-            console.print(f"Webhooks: {url}/webhooks/stripe/{demo.ENDPOINT}   Again: pgcredits demo")
-            if not (dsn or settings.dsn):
-                console.print(f'SQL: psql "$(cat {settings.data / "dsn"})"', highlight=False)
+            again = f"{_program('pgcredits', Path(sys.argv[0]))} demo --url {url}"
+            console.print(f"Webhooks: {url}/webhooks/stripe/{demo.ENDPOINT}   Again: {again}", soft_wrap=True)
+            if own:
+                psql = _program("psql", embedded.packaged() / "bin" / "psql")
+                console.print(f'SQL: {psql} "$(cat {settings.data / "dsn"})"', highlight=False, soft_wrap=True)
 
         _serve(replace(settings, dsn=target), show)
     console.print("Stopped.")
@@ -198,6 +231,11 @@ def audit(dsn: Dsn = "") -> None:
     raise typer.Exit(1)
 
 
+def _program(name: str, otherwise: Path) -> str:
+    """How to call a program from this shell: many a path has neither a checkout's programs nor psql."""
+    return name if shutil.which(name) else str(otherwise)
+
+
 def _development_secret(data: Path) -> str:
     kept = data / "webhook_secret"
     if not kept.exists():
@@ -222,8 +260,9 @@ def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
     try:
         listener = socket.create_server((settings.host, settings.port), reuse_port=False)
     except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # the rest says the address once more
         raise SettingsError(
-            f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); set PGCREDITS_PORT to another port"
+            f"cannot listen on {settings.host}:{settings.port} ({reason}); set PGCREDITS_PORT to another port"
         ) from error
     server = uvicorn.Server(
         uvicorn.Config(

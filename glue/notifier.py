@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime
 from functools import partial
+from uuid import uuid4
 
 import httpx
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
@@ -31,6 +32,9 @@ class Notifier:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database, self._settings = database, settings
         self._channels = ["webhook", *(["email"] if settings.smtp_url else [])]
+        # Not that of a worker before, even in a container whose process has the same number again: what that one had on
+        # its way, until its lease is over, counts against nobody's share of a target.
+        self._name = f"{process_name()}:{uuid4().hex[:8]}"
 
     async def run(self, stop: asyncio.Event, *, once: bool = False) -> None:
         """Work until stop is set, or with once until nothing is due; then finish what is in flight."""
@@ -39,7 +43,7 @@ class Notifier:
 
             async def due(free: int) -> list[Row] | None:
                 return await claim(
-                    self._database, "claim_notifications", must=once, max_rows=free, worker=process_name(),
+                    self._database, "claim_notifications", must=once, max_rows=free, worker=self._name,
                     channels=self._channels,
                 )  # fmt: skip
 

@@ -271,7 +271,8 @@ async def prepare(conn: AsyncConnection[Any], settings: list[str]) -> None:
         await conn.execute(PREPARE, settings)
     except (psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidParameterValue) as error:
         log.error("cannot act for callers: %s", error)  # noqa: TRY400 - one line for each request, not a page
-        raise not_now("not_ready", "The door's login may not take on the roles of callers.") from error
+        hint = "The door's login may not take on the roles of callers; let it be credits_forwarder: docs/operations.md"
+        raise not_now("not_ready", hint) from error
 
 
 def profile(request: Request) -> str:
@@ -287,7 +288,8 @@ async def arguments(request: Request, limit: int) -> str:
     """The body as text. Raises Refused."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(400, f"Content-Type not acceptable: {kind[:100]}", None, code="PGRST102")
+        hint = "The body is JSON: send Content-Type: application/json."
+        raise Refused(400, f"Content-Type not acceptable: {kind[:100]}", hint, code="PGRST102")
     try:
         return (await read(request, limit)).decode() or "{}"
     except UnicodeDecodeError as error:

@@ -193,6 +193,9 @@ begin
   if list_stripe_events.max_rows not between 1 and 1000 then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
       'max_rows is from 1 to 1000; page on with before.');
+  elsif list_stripe_events.status not in ('received', 'applied', 'ignored', 'parked', 'failed') then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'status'),
+      'status is received, applied, ignored, parked or failed.');
   end if;
   return query
     select e.event_id, e.endpoint, e.type, e.status, e.reason, e.error, e.attempts, e.next_attempt_at, e.created_at,

@@ -137,6 +137,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform credits._check_rows(list_notifications.max_rows, 'max_rows');
+  if list_notifications.state not in ('pending', 'sent', 'delivered', 'dead') then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'state'),
+      'state is pending, sent, delivered or dead.');
+  end if;
   return query
     select n.notification_id, n.type, coalesce(k.audience, 'operator'), n.account_id, n.key, n.data, n.created_at,
            (select coalesce(jsonb_agg(to_jsonb(credits._delivery_result(d)) - 'notification_id' order by d.delivery_id), '[]')

@@ -5,6 +5,7 @@
 insert into credits.settings as s (name, value, summary) values
   ('notification_lease', '"2 minutes"', 'How long a worker may take over a notification before another one sends it again.'),
   ('notification_max_attempts', '12', 'How often a notification is sent to one target before it is given up.'),
+  ('notification_target_places', '3', 'How many notifications a worker may be sending to one target at a time.'),
   ('notifications_keep', '"90 days"', 'How long notifications are kept that nobody waits for.')
 on conflict (name) do update set summary = excluded.summary;
 
@@ -26,17 +27,8 @@ declare
 begin
   perform credits._check_rows(claim_notifications.max_rows, 'max_rows');
   for v_delivery in
-    update credits.notification_deliveries d
-       set state = 'sent', attempts = d.attempts + 1, worker = claim_notifications.worker, locked_until = v_until
-      from (select o.delivery_id
-              from credits.notification_deliveries o
-             where (o.state = 'pending' and o.next_attempt_at <= v_now or o.state = 'sent' and o.locked_until <= v_now)
-               and o.channel = any (claim_notifications.channels)
-             order by o.next_attempt_at, o.delivery_id
-             limit claim_notifications.max_rows
-               for no key update skip locked) c
-     where d.delivery_id = c.delivery_id
-    returning d.*
+    select * from credits._take_deliveries(claim_notifications.max_rows, v_now, v_until, claim_notifications.worker,
+                                           claim_notifications.channels)
   loop
     v_message := credits._compose(v_delivery);
     if v_message.address is null then
@@ -51,7 +43,9 @@ end $$;
 comment on function credits.claim_notifications(integer, text, text[]) is
 'Notifications that are due, for a worker to send: they are its for notification_lease. Safe for many workers at once.
 
-channels is what the worker can send: webhook, email. Commit, send each outside of any transaction within the lease, and hand
+channels is what the worker can send: webhook, email. worker is its name, different from every other''s: under it at most
+notification_target_places are on their way to one target, so that one who answers late does not keep the others waiting.
+Commit, send each outside of any transaction within the lease, and hand
 every outcome, also none, to complete_notification with its attempt. A webhook is a POST of body to address, signed under
 message_id; an e-mail has subject and body. message_id stays the same for every attempt and every target. What its worker did
 not bring back is claimed again.
@@ -191,6 +185,58 @@ A job calls it until it answers 0. What is not delivered stays, dead or not.
 Errors: 400 invalid_request.';
 
 -- Helpers ------------------------------------------------------------------------------------------------------------
+
+-- The oldest that are due, but of no target more than its share. Those that a turn passed over may have kept others out of
+-- it. Their target has its share by then, so the next turn looks behind them.
+create or replace function credits._take_deliveries(
+  max_rows integer,
+  at       timestamptz,
+  until    timestamptz,
+  worker   text,
+  channels text[]
+)
+returns setof credits.notification_deliveries
+language plpgsql
+as $$
+declare
+  v_share integer := greatest(credits._setting('notification_target_places')::integer, 1);
+  v_left  integer := _take_deliveries.max_rows;
+  v_taken integer;
+begin
+  while v_left > 0 loop
+    return query
+      with busy as (
+        select s.channel, s.target, count(*) as places
+          from credits.notification_deliveries s
+         where s.state = 'sent' and s.locked_until > _take_deliveries.at
+           and s.worker is not distinct from _take_deliveries.worker
+         group by s.channel, s.target),
+      due as (
+        select o.*
+          from credits.notification_deliveries o
+         where (o.state = 'pending' and o.next_attempt_at <= _take_deliveries.at
+                or o.state = 'sent' and o.locked_until <= _take_deliveries.at)
+           and o.channel = any (_take_deliveries.channels)
+           and (o.channel, o.target) not in (select b.channel, b.target from busy b where b.places >= v_share)
+         order by o.next_attempt_at, o.delivery_id
+         limit v_left
+           for no key update skip locked),
+      placed as (
+        select u.delivery_id,
+               coalesce(b.places, 0) + row_number() over (
+                 partition by u.channel, u.target order by u.next_attempt_at, u.delivery_id) as place
+          from due u
+          left join busy b on b.channel = u.channel and b.target = u.target)
+      update credits.notification_deliveries d
+         set state = 'sent', attempts = d.attempts + 1, worker = _take_deliveries.worker, locked_until = _take_deliveries.until
+        from placed p
+       where d.delivery_id = p.delivery_id and p.place <= v_share
+      returning d.*;
+    get diagnostics v_taken = row_count;
+    exit when v_taken = 0;
+    v_left := v_left - v_taken;
+  end loop;
+end $$;
 
 create or replace function credits._judge_delivery(
   delivery credits.notification_deliveries,

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+import shlex
 import socket
 import threading
 import time
@@ -36,6 +37,19 @@ def paid(account_id: str, event_id: str = "evt_1", session: str = "cs_1", **chan
         {"id": event_id, "object": "event", "type": "checkout.session.completed", "created": int(time.time()),
          "livemode": False, "data": {"object": checkout}}
     ).encode()  # fmt: skip
+
+
+def as_curl(http: httpx.Client, command: str) -> httpx.Response:
+    """What `curl $DOOR/...` would be answered, with the headers that curl sends for -d (a form) and for --json."""
+    address, *words = shlex.split(command)[1:]
+    given = [*zip(words[::2], words[1::2], strict=True)]
+    assert {flag for flag, _ in given} <= {"-H", "-d", "--json"}, command
+    assert address.startswith("$DOOR/"), command
+    headers = dict(value.split(": ", 1) for flag, value in given if flag == "-H")
+    for flag, kind in ("-d", "application/x-www-form-urlencoded"), ("--json", "application/json"):
+        for data in (value for name, value in given if name == flag):
+            return http.post(address.removeprefix("$DOOR"), content=data, headers={"Content-Type": kind, **headers})
+    return http.get(address.removeprefix("$DOOR"), headers=headers)
 
 
 class Door:

@@ -6,7 +6,6 @@ Only what such a product has is used: webhooks over HTTP, verbs as credits_servi
 import json
 import os
 import re
-import shlex
 import socket
 import sys
 import time
@@ -24,7 +23,7 @@ import psycopg
 import pytest
 from aiosmtpd.controller import Controller
 from conftest import stop_clock
-from door import SECRET
+from door import SECRET, as_curl
 from five_ways import SERVICE, fits, forwarder, token
 from ledger_support import Ledger, assert_sound
 from psycopg import Connection
@@ -329,14 +328,8 @@ class Product:
         calls = re.findall(r"^(curl .*)\n# (\d+) (.*)$", block.replace("\\\n", ""), re.MULTILINE)
         assert len(calls) == block.count("curl ") > 0, block
         for command, status, body in calls:
-            words = shlex.split(re.sub(r"\$(?!DOOR)(\w+)", lambda name: self.tokens[name[1]], command))
-            assert words[1].startswith("$DOOR/"), command
-            given = [*zip(words[2::2], words[3::2], strict=True)]
-            headers = dict(value.split(": ", 1) for flag, value in given if flag == "-H")
-            data, path = dict(given).get("-d"), words[1].removeprefix("$DOOR")
-            method = "GET" if data is None else "POST"
-            headers |= {} if data is None else {"Content-Type": "application/json"}
-            answer = self.door.http.request(method, path, content=data, headers=headers)
+            named = re.sub(r"\$(?!DOOR)(\w+)", lambda name: self.tokens[name[1]], command)
+            answer = as_curl(self.door.http, named)
             assert answer.status_code == int(status), (command, answer.text)
             assert fits(json.loads(body), answer.json()), (command, answer.text)
 

@@ -201,6 +201,17 @@ def test_a_folder_that_only_root_can_enter(base: Path, tmp_path: Path, monkeypat
 
 
 @as_root
+def test_data_of_another_user_are_run_as_that_user(base: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    with embedded.start(base, conf=FAST) as server:
+        ask(server.dsn, "create table kept as select 42 as answer")
+    for path in (server.data, *server.data.rglob("*")):
+        os.chown(path, nobody.pw_uid, nobody.pw_gid)
+    with embedded.start(base) as server:
+        assert ask(server.dsn, "select answer from kept") == 42
+
+
+@as_root
 def test_programs_that_only_root_can_read_are_copied(base: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     installed = embedded.packaged()

@@ -13,9 +13,10 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
+from five_ways import JWT_SECRET, SERVICE, login, token
 from servers import Database
 
-from pgcredits import migrate
+from pgcredits import __version__, migrate
 from pgcredits.settings import Settings, SettingsError
 
 SECRET = "whsec_of_the_command_line"
@@ -78,14 +79,19 @@ def processes_in(folder: Path) -> list[str]:
 
 def test_up_from_nothing_and_ctrl_c(tmp_path: Path) -> None:
     data = Path(os.environ["PGCREDITS_TEST_RUN"]) / f"up-{os.getpid()}"
-    env = environment(PGCREDITS_DATA=str(data))
+    env = environment(PGCREDITS_DATA=str(data), PGCREDITS_JWT_SECRET=JWT_SECRET)
+    backend = {"Authorization": f"Bearer {token(**SERVICE)}", "Content-Profile": "credits"}
     for _ in range(2):  # the second time on the data of the first
         with up(env) as (process, printed):
             assert_tour(printed)
             url = f"http://127.0.0.1:{env['PGCREDITS_PORT']}"
             assert f"pgcredits serves on {url}" in printed
             assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
-            again = pgcredits(env, "demo")
+            opened = httpx.post(f"{url}/rpc/open_account", json={"account_id": "by_http"}, headers=backend)
+            assert opened.status_code == 200, opened.text
+            assert process.stdout
+            assert f"demo --url {url}\n" in process.stdout.readline()
+            again = pgcredits(env, "demo", "--url", url)
             assert again.returncode == 0, again.stderr
             assert_tour(again.stdout)
             assert pgcredits(env, "audit").stdout == "Sound: no invariant is violated.\n"
@@ -135,8 +141,10 @@ def test_up_on_a_port_that_is_taken() -> None:
         env = environment(PGCREDITS_DATA=str(data), PGCREDITS_PORT=str(taken.getsockname()[1]))
         answer = pgcredits(env, "up")
     assert answer.returncode == 1
-    assert "set PGCREDITS_PORT to another port" in answer.stderr
-    assert answer.stderr.count("\n") == 1
+    assert answer.stderr == (
+        f"pgcredits: cannot listen on 127.0.0.1:{env['PGCREDITS_PORT']} (Address already in use); "
+        "set PGCREDITS_PORT to another port\n"
+    )
     assert processes_in(data) == []
 
 
@@ -164,10 +172,69 @@ def test_without_a_database_the_way_to_one_is_named(tmp_path: Path) -> None:
 
 
 def test_errors_of_the_database_are_one_line(empty_database: Database) -> None:
-    answer = pgcredits(environment(PGCREDITS_DSN=empty_database.dsn), "audit")
+    for dsn, said, to_do in (
+        (empty_database.dsn, 'schema "credits" does not exist', "pgcredits migrate"),
+        ("host=127.0.0.1 port=1 dbname=x", "Connection refused Is the server running", ""),
+        ("database", "--dsn or PGCREDITS_DSN must be an address such as postgresql://", ""),
+    ):
+        for command in ("audit", "migrate") if not to_do else ("audit",):
+            answer = pgcredits(environment(PGCREDITS_DSN=dsn), command)
+            assert answer.returncode == 1
+            assert answer.stderr.startswith("pgcredits: ")
+            assert said in answer.stderr
+            assert to_do in answer.stderr
+            assert answer.stderr.count("\n") == 1, answer.stderr
+
+
+def test_a_database_of_another_version_is_to_be_migrated(database: Database) -> None:
+    env = environment(PGCREDITS_DSN=database.dsn)
+    with psycopg.connect(database.dsn, options="-c role=credits_owner") as conn:
+        conn.execute("alter function credits.health() rename to health_of_another_version")
+    answer = pgcredits(env, "status")
     assert answer.returncode == 1
-    assert answer.stderr.startswith('pgcredits: schema "credits" does not exist')
-    assert answer.stderr.count("\n") == 1
+    assert answer.stderr.endswith(f"This is pgcredits {__version__}; to bring the database to it: pgcredits migrate\n")
+
+
+def test_commands_take_on_the_role_that_belongs_to_the_login(database: Database) -> None:
+    env = environment(PGCREDITS_DSN=login(database))
+    refused = pgcredits(env, "status")
+    assert refused.returncode == 1
+    assert "set PGCREDITS_ROLE=credits_service" in refused.stderr
+    env["PGCREDITS_ROLE"] = "credits_service"
+    for command in (["status"], ["jobs", "run", "audit"]):
+        answer = pgcredits(env, *command)
+        assert answer.returncode == 0, answer.stderr
+    env["PGCREDITS_ROLE"] = "nobody"  # the environment's, of another login than this one
+    assert pgcredits(env, "events", "list", "--dsn", database.dsn).returncode == 0
+
+
+def test_a_word_that_is_none_finds_not_nothing_but_is_refused(database: Database) -> None:
+    env = environment(PGCREDITS_DSN=database.dsn)
+    for command, words in (
+        (("events", "list", "--status", "fail"), "status is received, applied, ignored, parked or failed."),
+        (("notify", "list", "--state", "failed"), "state is pending, sent, delivered or dead."),
+    ):
+        answer = pgcredits(env, *command)
+        assert answer.returncode == 1
+        assert words in answer.stderr
+        assert pgcredits(env, *command[:3], words.split()[-1].rstrip(".")).returncode == 0
+
+
+def test_what_is_not_found_is_said_once(database: Database) -> None:
+    answer = pgcredits(environment(PGCREDITS_DSN=database.dsn), "events", "show", "evt_nope")
+    assert answer.stderr == 'pgcredits: event_not_found · {"event_id": "evt_nope"}\n'
+
+
+def test_data_that_cannot_be_kept_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    answer = pgcredits(environment(PGCREDITS_DATA=str(tmp_path / "a_file")), "up")
+    assert answer.returncode == 1
+    assert "set PGCREDITS_DATA to a folder of your own" in answer.stderr
+    assert answer.stderr.count("\n") == 1, answer.stderr
+
+
+def test_the_version_is_told() -> None:
+    assert pgcredits(environment(), "--version").stdout == f"pgcredits {__version__}\n"
 
 
 def test_sql_prints_everything() -> None:

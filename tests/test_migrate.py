@@ -251,7 +251,7 @@ def test_one_file_installs_with_psql_alone(empty_database: Database, database: D
     assert printed.returncode == 0, printed.stderr
     file.write_text(printed.stdout)
     psql = ("psql", "--no-psqlrc", "--quiet", "-f", str(file), "--dbname", empty_database.dsn)
-    empty_database.program(*psql)
+    assert empty_database.program(*psql).stderr == ""
     assert empty_database.dump() == database.dump()
     again = empty_database.program(*psql, check=False)
     assert again.returncode != 0

@@ -86,12 +86,35 @@ def test_endpoints_get_what_they_want(ledger: Ledger) -> None:
     number = notify(ledger, "refund", "2")
     assert {row.target for row in ledger.claim_notifications()} == {"one", "some"}
     ledger.set_notification_endpoint("all", "https://example.com/new")
+    setting(ledger, "notification_target_places", "4")
     later = ledger.claim_notifications()
     assert [(row.target, row.address) for row in later] == [("all", "https://example.com/new")] * 4
     assert ledger.remove_notification_endpoint("all")
     assert not ledger.remove_notification_endpoint("all")
     assert targets(ledger, number) == {"some"}
     assert ledger.replay_notification(number, target="all") == []
+
+
+def test_a_target_has_no_more_than_its_share_of_a_worker(ledger: Ledger) -> None:
+    ledger.set_notification_endpoint("slow", "https://example.com/a")
+    for number in range(40):
+        notify(ledger, "low_balance", f"of slow {number}")
+    ledger.set_notification_endpoint("shop", "https://example.com/b", kinds=["refund"])
+    for number in range(5):
+        notify(ledger, "refund", f"of both {number}")
+
+    def claimed(worker: str, rows: int = 10) -> list[str]:
+        return sorted(row.target for row in ledger.claim_notifications(rows, worker))
+
+    setting(ledger, "notification_target_places", "2")
+    first = ledger.claim_notifications(10, "one")
+    assert sorted(row.target for row in first) == ["shop", "shop", "slow", "slow"]  # shop's are behind forty of slow's
+    assert claimed("one") == []
+    assert claimed("two", 3) == ["shop", "slow", "slow"]
+    ledger.complete_notification(next(row.delivery_id for row in first if row.target == "shop"), 204)
+    assert claimed("one") == ["shop"]
+    ledger.now += LEASE
+    assert claimed("one") == ["shop", "shop", "slow", "slow"]  # what nobody brought back comes again
 
 
 def test_e_mail_is_for_whom_it_concerns(ledger: Ledger) -> None:

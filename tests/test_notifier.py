@@ -49,6 +49,7 @@ class Receiver:
         self.calls: Counter[str] = Counter()  # by path and id
         self.present: Counter[str] = Counter()
         self.together = 0  # the most that was under way of one id at one time
+        self.hold = 0.0  # seconds before it answers
 
     def __enter__(self) -> Self:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -69,6 +70,7 @@ class Receiver:
         self.together = max(self.together, self.present[message_id])
         fault = self.script.popleft() if self.script else ""
         try:
+            await asyncio.sleep(self.hold)
             await self._answer(fault, scope, receive, send)
         finally:
             self.present[message_id] -= 1
@@ -236,6 +238,27 @@ def test_workers_share_what_there_is(database: Database, ledger: Ledger, shop: R
     work(database, workers=3)
     assert shop.calls == {f"/hooks/credits {message_id}": 1 for message_id in ids}
     assert {row.state for row in ledger.table("notification_deliveries")} == {"delivered"}
+
+
+def test_who_answers_late_keeps_nobody_waiting(
+    database: Database, ledger: Ledger, shop: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifier, "PATIENCE", 3.0)
+    secrets = {"notify_secrets": {"": (SECRET,)}}
+    with Receiver() as slow, Receiver() as slower, Door(database.dsn, role=ROLE, **secrets):
+        slow.hold = slower.hold = 3600
+        ledger.set_notification_endpoint("slow", f"{slow.url}/hooks/credits")
+        ledger.set_notification_endpoint("slower", f"{slower.url}/hooks/credits", kinds=["low_balance"])
+        ledger.set_notification_endpoint("shop", f"{shop.url}/hooks/credits", kinds=["refund"])
+        notify(ledger, times=60)
+        until(lambda: slow.calls.total() > 0 and slower.calls.total() > 0)
+        began = time.monotonic()
+        ids = notify(ledger, "refund", times=30)
+        until(lambda: set(ids) <= set(shop.received))
+        assert time.monotonic() - began < 2.5  # before the first that waits for the slow ones gives up
+        assert max(shop.calls.values()) == 1
+        states = {row.target: row.state for row in ledger.table("notification_deliveries", "state = 'delivered'")}
+        assert states == {"shop": "delivered"}
 
 
 def test_a_worker_that_is_killed_loses_nothing(database: Database, ledger: Ledger, shop: Receiver) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from door import Door
+from door import Door, as_curl
 from five_ways import JWT_SECRET, ROOT, SERVICE, fits, forwarder, login, postgrest, token
 from ledger_support import Ledger, committed
 from servers import Database, Engine
@@ -413,21 +412,9 @@ def test_the_examples_of_the_page_answer_what_it_says(database: Database) -> Non
     assert len(examples) >= 8
     with forwarder(database) as door:
         for command, status, body in examples:
-            answer = curl(door, command)
+            answer = as_curl(door.http, command.replace("$BACKEND", token(**SERVICE)))
             assert answer.status_code == int(status), (command, answer.text)
             assert fits(json.loads(body), answer.json()), (command, answer.text)
-
-
-def curl(door: Door, command: str) -> httpx.Response:
-    """What a command of the page asks for."""
-    address, *words = shlex.split(command.replace("$BACKEND", token(**SERVICE)))[1:]
-    path = address.removeprefix("$DOOR")
-    given = [*zip(words[::2], words[1::2], strict=True)]
-    headers = dict(value.split(": ", 1) for flag, value in given if flag == "-H")
-    for flag, value in given:
-        if flag == "-d":
-            return door.http.post(path, content=value, headers={**headers, "Content-Type": "application/json"})
-    return door.http.get(path, headers=headers)
 
 
 def test_the_page_and_the_example_name_every_setting() -> None:

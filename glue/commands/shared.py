@@ -35,8 +35,11 @@ def database(dsn: str, settings: Settings, *, make: bool = False) -> Iterator[st
 
 @contextlib.contextmanager
 def connected(dsn: str, *, autocommit: bool = False) -> Iterator[psycopg.Connection[Any]]:
-    """A connection to it."""
-    with database(dsn, Settings.from_environment()) as target, psycopg.connect(target, autocommit=autocommit) as conn:
+    """A connection to it, in the role that belongs to PGCREDITS_DSN."""
+    settings = Settings.from_environment()
+    with database(dsn, settings) as target, psycopg.connect(target, autocommit=autocommit) as conn:
+        if settings.role and not dsn:
+            conn.execute("select set_config('role', %s, %s)", [settings.role, not autocommit])
         yield conn
 
 
