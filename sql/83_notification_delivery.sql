@@ -5,7 +5,7 @@
 insert into credits.settings as s (name, value, summary) values
   ('notification_lease', '"2 minutes"', 'How long a worker may take over a notification before another one sends it again.'),
   ('notification_max_attempts', '12', 'How often a notification is sent to one target before it is given up.'),
-  ('notification_target_places', '3', 'How many notifications a worker may be sending to one target at a time.'),
+  ('notification_target_places', '3', 'How many of the places of a worker one target may take while others wait.'),
   ('notifications_keep', '"90 days"', 'How long notifications are kept that nobody waits for.')
 on conflict (name) do update set summary = excluded.summary;
 
@@ -43,12 +43,12 @@ end $$;
 comment on function credits.claim_notifications(integer, text, text[]) is
 'Notifications that are due, for a worker to send: they are its for notification_lease. Safe for many workers at once.
 
-channels is what the worker can send: webhook, email. worker is its name, different from every other''s: under it at most
-notification_target_places are on their way to one target, so that one who answers late does not keep the others waiting.
-Commit, send each outside of any transaction within the lease, and hand
-every outcome, also none, to complete_notification with its attempt. A webhook is a POST of body to address, signed under
-message_id; an e-mail has subject and body. message_id stays the same for every attempt and every target. What its worker did
-not bring back is claimed again.
+channels is what the worker can send: webhook, email. worker is its name, different from every other''s: a target that has
+notification_target_places on their way under it comes after the others, so that one who answers late keeps nobody waiting
+for long. Commit, send each outside of any transaction within the lease, and hand every outcome, also none, to
+complete_notification with its attempt. A webhook is a POST of body to address, signed under message_id; an e-mail has
+subject and body. message_id stays the same for every attempt and every target. What its worker did not bring back is
+claimed again.
 Errors: 400 invalid_request.';
 
 create or replace function credits.complete_notification(
@@ -186,8 +186,8 @@ Errors: 400 invalid_request.';
 
 -- Helpers ------------------------------------------------------------------------------------------------------------
 
--- The oldest that are due, but of no target more than its share. Those that a turn passed over may have kept others out of
--- it. Their target has its share by then, so the next turn looks behind them.
+-- The oldest that are due, of each target its share first. Those that a turn passed over may have kept others out of it; their
+-- target has its share by then, so the next turn looks behind them. Places that nobody else wants go to whoever waits.
 create or replace function credits._take_deliveries(
   max_rows integer,
   at       timestamptz,
@@ -210,8 +210,8 @@ begin
           from credits.notification_deliveries s
          where s.state = 'sent' and s.locked_until > _take_deliveries.at
            and s.worker is not distinct from _take_deliveries.worker
-         group by s.channel, s.target),
-      due as (
+         group by s.channel, s.target
+      ), due as (
         select o.*
           from credits.notification_deliveries o
          where (o.state = 'pending' and o.next_attempt_at <= _take_deliveries.at
@@ -220,21 +220,25 @@ begin
            and (o.channel, o.target) not in (select b.channel, b.target from busy b where b.places >= v_share)
          order by o.next_attempt_at, o.delivery_id
          limit v_left
-           for no key update skip locked),
-      placed as (
+           for no key update skip locked
+      ), placed as (
         select u.delivery_id,
                coalesce(b.places, 0) + row_number() over (
                  partition by u.channel, u.target order by u.next_attempt_at, u.delivery_id) as place
           from due u
-          left join busy b on b.channel = u.channel and b.target = u.target)
+          left join busy b on b.channel = u.channel and b.target = u.target
+      )
       update credits.notification_deliveries d
          set state = 'sent', attempts = d.attempts + 1, worker = _take_deliveries.worker, locked_until = _take_deliveries.until
         from placed p
-       where d.delivery_id = p.delivery_id and p.place <= v_share
+       where d.delivery_id = p.delivery_id and (p.place <= v_share) is not false
       returning d.*;
     get diagnostics v_taken = row_count;
-    exit when v_taken = 0;
-    v_left := v_left - v_taken;
+    v_left  := v_left - v_taken;
+    if v_taken = 0 then
+      exit when v_share is null;
+      v_share := null;
+    end if;
   end loop;
 end $$;
 

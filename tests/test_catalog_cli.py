@@ -209,8 +209,10 @@ def test_without_the_right_or_a_file_the_process_says_so_in_one_line(database: D
         assert (answer.returncode, answer.stdout) == (1, ""), answer
         assert answer.stderr in (
             "none.yaml: cannot be read: No such file or directory\n",
-            "pgcredits: permission denied for schema credits · Log in as a member of credits_service, "
-            "or set PGCREDITS_ROLE=credits_service if the login may become it\n",
+            (
+                "pgcredits: permission denied for schema credits · Log in as a member of credits_service, "
+                "or set PGCREDITS_ROLE=credits_service if the login may become it\n"
+            ),
         )
 
 
