@@ -347,6 +347,15 @@ def test_a_long_invoice_waits_for_all_pages_of_its_lines(ledger: Ledger) -> None
     assert ledger.available() == 1500
 
 
+@pytest.mark.parametrize("item", [{}, {"subscription_item": "si_1"}])
+def test_each_tier_of_a_price_is_a_line_of_its_own(ledger: Ledger, item: dict[str, str]) -> None:
+    ledger.tell("price.created", {**PRICE, **CREDITS, "unit_amount": None, "tiers_mode": "graduated"})
+    tiers = [{**line(1), **item, "quantity": 5}, {**line(2), **item, "quantity": 3, "amount": 240}]
+    assert ledger.tell("invoice.paid", invoice(*tiers)) == "applied"
+    assert ledger.available() == 4000
+    assert_sound(ledger)
+
+
 def multiply(ledger: Ledger, event_id: str, count: int) -> None:
     """As many parked events as that, with ids of their own, that were tried long ago and will be tried late."""
     ledger.change(
