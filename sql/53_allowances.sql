@@ -89,6 +89,36 @@ begin
       v_slice.invoice_id, v_slice.slice, v_slice.amount, v_slice.kind, v_slice.plan, v_slice.period_start,
       v_slice.period_end, v_slice.period_end, v_slice.key, _plan_ahead.at);
   end loop;
+  perform credits._make_up_slices(_plan_ahead.account_id, _plan_ahead.at);
+end $$;
+
+-- Months that have begun and turn out to be worth more, because an earlier line of the subscription became known late.
+create or replace function credits._make_up_slices(
+  account_id text,
+  at         timestamptz
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_slice record;
+begin
+  for v_slice in
+    select w.*, p.granted, p.parts
+      from credits._wanted_of_lines(_make_up_slices.account_id, _make_up_slices.at) w,
+           lateral (select sum(g.amount - n.moved) as granted, count(*) as parts
+                      from credits.plan_grants n
+                      join credits.grants g on g.account_id = n.account_id and g.grant_id = n.grant_id
+                     where n.account_id = _make_up_slices.account_id and n.allowance_id = w.allowance_id and n.slice = w.slice
+                       and g.status <> 'pending') p
+     where w.period_start <= _make_up_slices.at and p.granted < w.amount
+     order by w.period_start, w.key
+  loop
+    perform credits._grant_slice(_make_up_slices.account_id, v_slice.subscription_id, v_slice.allowance_id,
+      v_slice.invoice_id, v_slice.slice, v_slice.amount - v_slice.granted, v_slice.kind, v_slice.plan, v_slice.period_start,
+      v_slice.period_end, v_slice.period_end, format('%s:%s', v_slice.key, v_slice.parts), _make_up_slices.at);
+    perform credits._grant_period(_make_up_slices.account_id, v_slice.subscription_id, v_slice.period_end);
+  end loop;
 end $$;
 
 -- It was never in the ledger, so it leaves nothing behind.
