@@ -183,7 +183,8 @@ as $$
                     and p.allowance_id = 'plan' and p.period_end = (_granted_for.subscription).period_end)
 $$;
 
--- Of lines that are longer than a month. The first slice comes with the invoice.
+-- Of lines that are longer than a month. The first slice comes with the invoice. Ids of lines that do not begin with il_, as
+-- all did before 2019-12-03, come again on the next invoice.
 create or replace function credits._wanted_of_lines(
   account_id text,
   at         timestamptz
@@ -193,7 +194,8 @@ language sql
 stable
 as $$
   select a.subscription_id, a.allowance_id, a.invoice_id, s.slice, credits._slice_credits(a, s.period_start), a.kind::text, a.plan,
-         s.period_start, s.period_end, format('slice:%s:%s', a.line_id, s.slice)
+         s.period_start, s.period_end,
+         format('slice:%s:%s', case when starts_with(a.line_id, 'il_') then a.line_id else a.allowance_id end, s.slice)
     from credits.allowances a
     join credits.subscriptions u on u.account_id = a.account_id and u.subscription_id = a.subscription_id
     join credits.subscription_states t on t.state = u.state,
