@@ -578,7 +578,8 @@ class World(Objects):
         amount = round(self.facts[item["price"]]["unit_amount"] * item["quantity"] * share)
         return {
             "id": self.new("il"), "item": item["id"], "price": item["price"], "quantity": item["quantity"],
-            "amount": amount, "proration": proration, "back": share < 0, "extra": not item["id"], "start": start, "end": end,
+            "amount": amount, "proration": proration, "back": share < 0, "extra": not item["id"],
+            "start": start, "end": end,
         }  # fmt: skip
 
     def _bill(self, subscription: str, reason: str, lines: list[Json], coupon: int = 0) -> str:

@@ -137,7 +137,7 @@ def one_of_two_items_is_billed_apart(world: World) -> Outcome:
     """The other item keeps its own: what the whole subscription may grant is the sum."""
     subscription = world.subscribe("alpha", "basic", "seat")
     world.change(subscription, "pro", bill="apart")
-    return Outcome(3100, [plan(credits, "01-31", "02-28") for credits in (1000, 100, 2000)])
+    return Outcome(3100, [plan(amount, "01-31", "02-28") for amount in (1000, 100, 2000)])
 
 
 @story
