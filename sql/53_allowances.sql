@@ -105,13 +105,13 @@ declare
 begin
   for v_slice in
     select w.*, p.granted, p.parts
-      from credits._wanted_of_lines(_make_up_slices.account_id, _make_up_slices.at) w,
+      from credits._wanted_slices(_make_up_slices.account_id, _make_up_slices.at) w,
            lateral (select sum(g.amount - n.moved) as granted, count(*) as parts
                       from credits.plan_grants n
                       join credits.grants g on g.account_id = n.account_id and g.grant_id = n.grant_id
                      where n.account_id = _make_up_slices.account_id and n.allowance_id = w.allowance_id and n.slice = w.slice
                        and g.status <> 'pending') p
-     where w.period_start <= _make_up_slices.at and p.granted < w.amount
+     where w.allowance_id <> 'plan' and w.period_start <= _make_up_slices.at and p.granted < w.amount
      order by w.period_start, w.key
   loop
     perform credits._grant_slice(_make_up_slices.account_id, v_slice.subscription_id, v_slice.allowance_id,
