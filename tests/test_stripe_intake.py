@@ -274,6 +274,16 @@ def test_a_session_waits_for_its_customer_and_goes_on_with_the_answer(ledger: Le
     assert ledger.available() == 1000
 
 
+def test_a_shop_s_own_number_of_a_session_does_not_hide_whose_customer_it_is(ledger: Ledger) -> None:
+    ledger.tell(COMPLETED, session(client_reference_id="order-9", metadata={"package": "starter"}), "evt_1")
+    assert ledger.event("evt_1").waits_for == "account:order-9"
+    assert asked(ledger).path == "/v1/customers/cus_1"
+    answer(ledger, CUSTOMER)
+    ledger.now += MINUTE
+    assert process(ledger) == [("evt_1", "applied")]
+    assert ledger.available() == 1000
+
+
 def test_a_session_waits_for_its_customer_to_be_bound_by_another_object(ledger: Ledger) -> None:
     ledger.tell(COMPLETED, session(metadata={"package": "starter"}), "evt_1")
     metadata = {"account_id": "alpha"}
