@@ -41,7 +41,7 @@ begin
   v_row.price_id        := v_price.price_id;
   v_row.plan            := credits._plan_of_price(v_price.price_id, coalesce(v_price.product_id, v_line.product_id));
   v_row.kind            := v_kind;
-  v_row.sign            := case when v_line.amount < 0 or v_line.quantity < 0 then -1 else 1 end;
+  v_row.sign            := case when coalesce(v_line.amount, v_line.quantity) < 0 then -1 else 1 end;
   v_row.unit_credits    := v_unit;
   v_row.quantity        := abs(v_line.quantity);
   v_row.credits         := round(v_unit * v_row.quantity, 6);
