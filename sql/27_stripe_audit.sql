@@ -15,16 +15,16 @@ begin
     select 'paid_lines_have_their_grant', a.account_id,
            jsonb_build_object('allowance_id', a.allowance_id, 'entitled', s.target, 'granted', s.granted)
       from credits.allowances a
-      left join lateral credits._line_shares(a.account_id, a.subscription_id, a.slice_end) s
-        on s.allowance_id = a.allowance_id and a.kind = 'plan'
-     where a.sign = 1 and a.kind = 'plan' and s.granted is distinct from s.target;
+      left join lateral credits._line_shares(a.account_id, a.subscription_id, a.slice_end, a.kind) s
+        on s.allowance_id = a.allowance_id
+     where a.sign = 1 and a.kind <> 'purchase' and s.granted is distinct from s.target;
   return query
     select 'paid_lines_have_their_grant', a.account_id,
            jsonb_build_object('allowance_id', a.allowance_id, 'entitled', a.first_credits, 'granted', sum(g.amount))
       from credits.allowances a
       left join credits.plan_grants p on p.account_id = a.account_id and p.allowance_id = a.allowance_id
       left join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
-     where a.sign = 1 and a.kind <> 'plan'
+     where a.sign = 1 and a.kind = 'purchase'
      group by a.account_id, a.allowance_id, a.first_credits
     having a.first_credits is distinct from sum(g.amount);
   return query

@@ -89,6 +89,36 @@ begin
       v_slice.invoice_id, v_slice.slice, v_slice.amount, v_slice.kind, v_slice.plan, v_slice.period_start,
       v_slice.period_end, v_slice.period_end, v_slice.key, _plan_ahead.at);
   end loop;
+  perform credits._make_up_slices(_plan_ahead.account_id, _plan_ahead.at);
+end $$;
+
+-- Months that have begun and turn out to be worth more, because an earlier line of the subscription became known late.
+create or replace function credits._make_up_slices(
+  account_id text,
+  at         timestamptz
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_slice record;
+begin
+  for v_slice in
+    select w.*, p.granted, p.parts
+      from credits._wanted_slices(_make_up_slices.account_id, _make_up_slices.at) w,
+           lateral (select sum(g.amount - n.moved) as granted, count(*) as parts
+                      from credits.plan_grants n
+                      join credits.grants g on g.account_id = n.account_id and g.grant_id = n.grant_id
+                     where n.account_id = _make_up_slices.account_id and n.allowance_id = w.allowance_id and n.slice = w.slice
+                       and g.status <> 'pending') p
+     where w.allowance_id <> 'plan' and w.period_start <= _make_up_slices.at and p.granted < w.amount
+     order by w.period_start, w.key
+  loop
+    perform credits._grant_slice(_make_up_slices.account_id, v_slice.subscription_id, v_slice.allowance_id,
+      v_slice.invoice_id, v_slice.slice, v_slice.amount - v_slice.granted, v_slice.kind, v_slice.plan, v_slice.period_start,
+      v_slice.period_end, v_slice.period_end, format('%s:%s', v_slice.key, v_slice.parts), _make_up_slices.at);
+    perform credits._grant_period(_make_up_slices.account_id, v_slice.subscription_id, v_slice.period_end);
+  end loop;
 end $$;
 
 -- It was never in the ledger, so it leaves nothing behind.
@@ -153,7 +183,8 @@ as $$
                     and p.allowance_id = 'plan' and p.period_end = (_granted_for.subscription).period_end)
 $$;
 
--- Of lines that are longer than a month. The first slice comes with the invoice.
+-- Of lines that are longer than a month. The first slice comes with the invoice. Ids of lines that do not begin with il_, as
+-- all did before 2019-12-03, come again on the next invoice.
 create or replace function credits._wanted_of_lines(
   account_id text,
   at         timestamptz
@@ -163,7 +194,8 @@ language sql
 stable
 as $$
   select a.subscription_id, a.allowance_id, a.invoice_id, s.slice, credits._slice_credits(a, s.period_start), a.kind::text, a.plan,
-         s.period_start, s.period_end, format('slice:%s:%s', a.line_id, s.slice)
+         s.period_start, s.period_end,
+         format('slice:%s:%s', case when starts_with(a.line_id, 'il_') then a.line_id else a.allowance_id end, s.slice)
     from credits.allowances a
     join credits.subscriptions u on u.account_id = a.account_id and u.subscription_id = a.subscription_id
     join credits.subscription_states t on t.state = u.state,

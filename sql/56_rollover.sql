@@ -2,7 +2,7 @@
 -- take their share, and what came after the end goes again.
 
 -- Months that have begun and turn out to be worth less, because the subscription had ended before them, or a line had given
--- back before them, and that became known late: what is unspent of the difference goes again.
+-- back before them, and that became known late: what is unspent of the difference goes again, from the latest grant first.
 create or replace function credits._take_back_slices(account_id text)
 returns void
 language plpgsql
@@ -12,19 +12,26 @@ declare
   v_entry credits.entries;
   v_plan  credits.plan_grants;
 begin
-  for v_slice in
-    select p.grant_id, least(g.remaining + coalesce(c.taken, 0), g.amount - p.moved - w.credits) as excess, p.moved
+  loop
+    select p.grant_id, least(g.remaining + coalesce(c.taken, 0), g.amount - p.moved, w.granted - w.credits) as excess, p.moved
+      into v_slice
       from credits.plan_grants p
       join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
       join credits.allowances a on a.account_id = p.account_id and a.allowance_id = p.allowance_id
       left join credits.clawbacks c on c.account_id = p.account_id and c.grant_id = p.grant_id
       left join credits.subscriptions s on s.account_id = p.account_id and s.subscription_id = p.subscription_id,
            lateral (select case when p.period_start >= s.ended_at then 0
-                                else credits._slice_credits(a, p.period_start) end as credits) w
+                                else credits._slice_credits(a, p.period_start) end as credits,
+                           (select sum(h.amount - n.moved)
+                              from credits.plan_grants n
+                              join credits.grants h on h.account_id = n.account_id and h.grant_id = n.grant_id
+                             where n.account_id = p.account_id and n.allowance_id = p.allowance_id and n.slice = p.slice
+                               and h.status <> 'pending') as granted) w
      where p.account_id = _take_back_slices.account_id and p.slice > 0 and g.expires_at > credits.now()
-       and g.status <> 'pending' and g.remaining + coalesce(c.taken, 0) > 0 and g.amount - p.moved > w.credits
-     order by p.grant_id
-  loop
+       and g.status <> 'pending' and g.remaining + coalesce(c.taken, 0) > 0 and g.amount > p.moved and w.granted > w.credits
+     order by p.grant_id desc
+     limit 1;
+    exit when not found;
     update credits.plan_grants p
        set moved = p.moved + v_slice.excess
      where p.account_id = _take_back_slices.account_id and p.grant_id = v_slice.grant_id

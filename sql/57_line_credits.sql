@@ -2,7 +2,7 @@
 -- A month at most is one slice; longer lines are paid out month by month (53_allowances.sql).
 
 -- What a line entitles to, as far as it can be said without the others. Nothing for metered items, which are paid after
--- use, and for prices that sell no credits.
+-- use, for prices that sell no credits, and for a change that comes to nothing: in a trial, or when its period ends.
 create or replace function credits._insert_allowance(
   account_id text,
   invoice    credits.invoice_shape,
@@ -19,7 +19,8 @@ declare
   v_row   credits.allowances;
 begin
   v_price := credits._price_of_line(v_line);
-  if v_price.price_id is null or v_price.metered or coalesce(v_line.quantity, 0) <= 0 then
+  if v_price.price_id is null or v_price.metered or coalesce(v_line.quantity, 0) = 0
+     or v_line.amount is null and coalesce(v_price.unit_amount, 1) > 0 then
     return;
   end if;
   v_kind := case when v_price.interval_unit is null then 'purchase'
@@ -40,10 +41,10 @@ begin
   v_row.price_id        := v_price.price_id;
   v_row.plan            := credits._plan_of_price(v_price.price_id, coalesce(v_price.product_id, v_line.product_id));
   v_row.kind            := v_kind;
-  v_row.sign            := case when v_line.amount < 0 then -1 else 1 end;
+  v_row.sign            := case when coalesce(v_line.amount, v_line.quantity) < 0 then -1 else 1 end;
   v_row.unit_credits    := v_unit;
-  v_row.quantity        := v_line.quantity;
-  v_row.credits         := round(v_unit * v_line.quantity, 6);
+  v_row.quantity        := abs(v_line.quantity);
+  v_row.credits         := round(v_unit * v_row.quantity, 6);
   v_row.period_start    := v_line.period_start;
   v_row.period_end      := greatest(v_line.period_end, v_line.period_start + interval '1 second');
   v_row.created_at      := credits.now();

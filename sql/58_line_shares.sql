@@ -62,29 +62,31 @@ begin
     select a.*
       from credits.allowances a
      where a.account_id = _grant_allowances.account_id and a.invoice_id = _grant_allowances.invoice_id
-       and a.sign = 1 and a.kind <> 'plan'
+       and a.sign = 1 and a.kind = 'purchase'
      order by a.allowance_id
   loop
     v_effects := v_effects || credits._grant_line(v_line, v_line.first_credits, 0);
   end loop;
   for v_line in
-    select distinct on (a.subscription_id, a.slice_end) a.*
+    select distinct on (a.subscription_id, a.slice_end, a.kind) a.*
       from credits.allowances a
      where a.account_id = _grant_allowances.account_id and a.invoice_id = _grant_allowances.invoice_id
-       and a.sign = 1 and a.kind = 'plan'
-     order by a.subscription_id, a.slice_end
+       and a.sign = 1 and a.kind <> 'purchase'
+     order by a.subscription_id, a.slice_end, a.kind
   loop
-    v_effects := v_effects || credits._grant_period(v_line.account_id, v_line.subscription_id, v_line.slice_end);
+    v_effects := v_effects || credits._grant_period(v_line.account_id, v_line.subscription_id, v_line.slice_end, v_line.kind);
   end loop;
   return v_effects;
 end $$;
 
 -- All lines of a period together: each gets its share of what the period may grant, the earliest invoice first. An invoice
 -- that comes late takes from later ones what is its own, so that a refund finds the same credits in any order.
+drop function if exists credits._grant_period(text, text, timestamptz);
 create or replace function credits._grant_period(
   account_id      text,
   subscription_id text,
-  slice_end       timestamptz
+  slice_end       timestamptz,
+  kind            text        default 'plan'
 )
 returns jsonb
 language plpgsql
@@ -96,7 +98,8 @@ declare
 begin
   for v_share in
     select s.*
-      from credits._line_shares(_grant_period.account_id, _grant_period.subscription_id, _grant_period.slice_end) s
+      from credits._line_shares(_grant_period.account_id, _grant_period.subscription_id, _grant_period.slice_end,
+                                _grant_period.kind) s
      where s.granted <> s.target
      order by s.granted < s.target, s.place
   loop
@@ -173,11 +176,13 @@ begin
   end loop;
 end $$;
 
--- What each line of a period is to get, and has.
+-- What each line of a period is to get, and has. A trial is a period of its own, whatever is changed in it.
+drop function if exists credits._line_shares(text, text, timestamptz);
 create or replace function credits._line_shares(
   account_id      text,
   subscription_id text,
-  slice_end       timestamptz
+  slice_end       timestamptz,
+  kind            text        default 'plan'
 )
 returns setof credits.line_share
 language sql
@@ -191,18 +196,24 @@ as $$
                     from credits.plan_grants n
                     join credits.grants g on g.account_id = n.account_id and g.grant_id = n.grant_id
                    where n.account_id = a.account_id and n.allowance_id = a.allowance_id and n.slice = 0) p,
-         (select credits._period_cap(_line_shares.account_id, _line_shares.subscription_id, _line_shares.slice_end) as cap) c
+         (select credits._period_cap(_line_shares.account_id, _line_shares.subscription_id, _line_shares.slice_end,
+                                     _line_shares.kind) as cap) c
    where a.account_id = _line_shares.account_id and a.subscription_id = _line_shares.subscription_id
-     and a.slice_end = _line_shares.slice_end and a.sign = 1 and a.kind = 'plan'
+     and a.slice_end = _line_shares.slice_end and a.sign = 1 and a.kind = _line_shares.kind
   window earlier as (order by a.invoiced_at, a.allowance_id)
 $$;
 
--- What the lines of a subscription may grant for a period: the largest full allowance of each item that the period has seen,
--- less what months of longer lines have granted for it.
+-- What the lines of a subscription may grant for a period: the largest full allowance that it has reached, less what months
+-- of longer lines have granted for it. That is the largest that one invoice bills for each item, in a line for each tier of
+-- its price, and no more than all items together ever came to from one invoice to the next: a line need not name its item, and
+-- such a one replaces what the same invoice gives back. What one invoice bills counts whole: of two in one second nobody knows
+-- which was first.
+drop function if exists credits._period_cap(text, text, timestamptz);
 create or replace function credits._period_cap(
   account_id      text,
   subscription_id text,
-  slice_end       timestamptz
+  slice_end       timestamptz,
+  kind            text        default 'plan'
 )
 returns numeric
 language plpgsql
@@ -210,15 +221,27 @@ stable
 as $$
 begin
   return (
+    with lines as (
+      select a.item_id, a.invoiced_at, a.invoice_id, a.sign, a.credits
+        from credits.allowances a
+       where a.account_id = _period_cap.account_id and a.subscription_id = _period_cap.subscription_id
+         and a.kind = _period_cap.kind
+         and (a.slice_end = _period_cap.slice_end
+              or a.sliced and _period_cap.slice_end > a.period_start and _period_cap.slice_end <= a.period_end)
+    ), items as (
+      select sum(i.credits) as credits
+        from (select max(n.credits) as credits
+                from (select l.item_id, sum(l.credits) as credits from lines l where l.sign = 1
+                       group by l.item_id, l.invoice_id) n
+               group by n.item_id) i
+    ), invoices as (
+      select sum(sum(l.sign * l.credits)) over (order by l.invoiced_at, l.invoice_id) as reached,
+             coalesce(sum(l.credits) filter (where l.sign = 1), 0) as own
+        from lines l
+       group by l.invoiced_at, l.invoice_id
+    )
     select greatest(0,
-      (select sum(i.credits)
-         from (select max(a.credits) as credits
-                 from credits.allowances a
-                where a.account_id = _period_cap.account_id and a.subscription_id = _period_cap.subscription_id
-                  and a.sign = 1 and a.kind = 'plan'
-                  and (a.slice_end = _period_cap.slice_end
-                       or a.sliced and _period_cap.slice_end > a.period_start and _period_cap.slice_end <= a.period_end)
-                group by a.item_id) i)
+      (select least(i.credits, max(greatest(n.reached, n.own))) from items i, invoices n group by i.credits)
       - coalesce((select sum(g.amount - p.moved)
                     from credits.plan_grants p
                     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id

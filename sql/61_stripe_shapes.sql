@@ -413,7 +413,8 @@ begin
 end $$;
 
 -- Lines of an invoice. The details of a line stand under the name of its parent's type. The price is whole in the older
--- shape, in the newer only its id.
+-- shape, in the newer only its id. A proration that comes to nothing has no amount here, since nothing says a sign: one that
+-- gives back names what it credits, and its quantity is negative.
 create or replace function credits._shape_lines(object jsonb)
 returns setof credits.line_shape
 language sql
@@ -423,8 +424,10 @@ as $$
          coalesce(credits._ref(l #> '{pricing,price_details,price}'), credits._ref(l -> 'price'), credits._ref(l -> 'plan')),
          coalesce(credits._ref(l #> '{pricing,price_details,product}'), credits._ref(l #> '{price,product}'),
                   credits._ref(l #> '{plan,product}')),
-         coalesce(credits._decimal(l -> 'quantity_decimal'), credits._decimal(l -> 'quantity')),
-         credits._whole(l -> 'amount'),
+         coalesce(credits._decimal(l -> 'quantity_decimal'), credits._decimal(l -> 'quantity'))
+           * case when p.comes_to_nothing and coalesce(d -> 'proration_details', l -> 'proration_details')
+                                              -> 'credited_items' <> 'null' then -1 else 1 end,
+         case when not p.comes_to_nothing then credits._whole(l -> 'amount') end,
          coalesce(d ->> 'subscription_item', credits._ref(l -> 'subscription_item')),
          coalesce(credits._ref(d -> 'subscription'), credits._ref(l -> 'subscription')),
          credits._moment(l #> '{period,start}'), credits._moment(l #> '{period,end}'),
@@ -433,7 +436,9 @@ as $$
                   case when jsonb_typeof(l -> 'price') = 'object' then l -> 'price' end,
                   case when jsonb_typeof(l -> 'plan') = 'object' then l -> 'plan' end)
     from credits._elements(coalesce(_shape_lines.object -> 'lines', _shape_lines.object)) l,
-         lateral (select l #> array['parent', l #>> '{parent,type}']) x (d)
+         lateral (select l #> array['parent', l #>> '{parent,type}']) x (d),
+         lateral (select coalesce(credits._flag(d -> 'proration'), credits._flag(l -> 'proration'), false)
+                         and coalesce(credits._whole(l -> 'amount') = 0, false)) p (comes_to_nothing)
 $$;
 
 -- Which payments paid an invoice: an invoice_payment, or the payments inside an expanded invoice.

@@ -32,6 +32,9 @@ begin
 
   if v_result.status = 'parked' and not v_result.shadow then
     perform credits._request_missing(v_result.waits_for);
+    perform credits._request_missing('customer:' || o.customer_id)  -- a client_reference_id that is no account may hide it
+       from credits._shape_owner(v_notice.object) o
+      where v_result.reason = 'account_unknown' and o.account_id is null;
   elsif v_result.status = 'applied' and not _apply_stripe_event.woken then
     perform credits._apply_waiting(v_notice);
   end if;

@@ -41,6 +41,7 @@ CATALOGUE = {
     "week": Offer(400, (1, "week"), price={"credits": "250.5"}),
     "quarter": Offer(2700, (3, "month"), price={"credits": "1000"}),
     "year": Offer(10000, (1, "year"), price={"monthly_credits": "1000"}),
+    "large_year": Offer(30000, (1, "year"), price={"monthly_credits": "3000"}),
     "free": Offer(0, price={"credits_included": "50"}),
     "calls": Offer(2, metered=True, price={"credits": "7"}),
     "setup": Offer(5000, None, price={"credits": "500"}),
@@ -225,17 +226,19 @@ class Objects:
             "quantity": line["quantity"], "period": {"start": line["start"], "end": line["end"]}, "metadata": {},
             "discount_amounts": [{"amount": line["discount"], "discount": "di_1"}] if line["discount"] else [],
         }  # fmt: skip
+        credited = {"invoice": "in_before", "invoice_line_items": ["il_before"]} if line["back"] else None
+        proration = {"proration": line["proration"], "proration_details": {"credited_items": credited}}
         if self.shape == "old":
             return shown | {
                 "type": "invoiceitem" if line["extra"] else "subscription", "price": price,
-                "proration": line["proration"], "subscription": subscription,
+                "subscription": subscription, **proration,
                 **({"subscription_item": line["item"]} if line["item"] else {}),
             }  # fmt: skip
         kind = "invoice_item_details" if line["extra"] else "subscription_item_details"
         item = {"invoice_item": f"ii_{line['id']}"} if line["extra"] else {"subscription_item": line["item"]}
         return shown | {
             "subtotal": line["amount"], "quantity_decimal": str(line["quantity"]),
-            "parent": {"type": kind, kind: {"subscription": subscription, "proration": line["proration"], **item}},
+            "parent": {"type": kind, kind: {"subscription": subscription, **proration, **item}},
             "pricing": {
                 "type": "price_details", "unit_amount_decimal": str(price["unit_amount"]),
                 "price_details": {"price": price if expand else price["id"], "product": sold["product"]},
@@ -458,13 +461,13 @@ class World(Objects):
         price: str | None = None,
         *,
         quantity: int | None = None,
-        bill: Literal["now", "next"] = "now",
+        bill: Literal["now", "apart", "next"] = "now",
         reset: bool = False,
     ) -> str:
         """Change the first item now: give back the rest of its period, take that time of the new one.
 
-        Billed at once, or with the next invoice. With reset, or another interval, a whole new period begins. Answers
-        the invoice, "" if there is none yet.
+        Billed at once, apart from the items as what it is, or with the next invoice. With reset, or another interval, a
+        whole new period begins. Answers the invoice, "" if there is none yet.
         """
         known = self.facts[subscription]
         old, *others = known["items"]
@@ -479,14 +482,22 @@ class World(Objects):
             lines = [back, self._line(item, self.now, end, proration=not reset)]
         else:
             lines = [back, self._line(item, self.now, known["end"], proration=True, share=left)]
+        if bill != "now":
+            lines = [{**line, "extra": True} for line in lines]
         if bill == "next":
-            extra = [{**line, "extra": True} for line in lines]
-            self._update(subscription, **facts, pending=[*known["pending"], *extra])
+            self._update(subscription, **facts, pending=[*known["pending"], *lines])
             return ""
         self._update(subscription, **facts)
         invoice = self._bill(subscription, "subscription_update", lines)
         self.pay(invoice)
         return invoice
+
+    def change_trial(self, subscription: str, *, quantity: int) -> None:
+        """Change the quantity of a trial: an invoice of nothing tells of the rest of it."""
+        item, *others = self.facts[subscription]["items"]
+        self._update(subscription, items=[{**item, "quantity": quantity}, *others])
+        (line, *_) = self._cycle_lines(subscription)
+        self.pay(self._bill(subscription, "subscription_update", [{**line, "start": self.now}]))
 
     def schedule(self, subscription: str, price: str) -> None:
         """Change to another price when the period ends."""
@@ -567,7 +578,8 @@ class World(Objects):
         amount = round(self.facts[item["price"]]["unit_amount"] * item["quantity"] * share)
         return {
             "id": self.new("il"), "item": item["id"], "price": item["price"], "quantity": item["quantity"],
-            "amount": amount, "proration": proration, "extra": not item["id"], "start": start, "end": end,
+            "amount": amount, "proration": proration, "back": share < 0, "extra": not item["id"],
+            "start": start, "end": end,
         }  # fmt: skip
 
     def _bill(self, subscription: str, reason: str, lines: list[Json], coupon: int = 0) -> str:

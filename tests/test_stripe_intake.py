@@ -274,6 +274,16 @@ def test_a_session_waits_for_its_customer_and_goes_on_with_the_answer(ledger: Le
     assert ledger.available() == 1000
 
 
+def test_a_shop_s_own_number_of_a_session_does_not_hide_whose_customer_it_is(ledger: Ledger) -> None:
+    ledger.tell(COMPLETED, session(client_reference_id="order-9", metadata={"package": "starter"}), "evt_1")
+    assert ledger.event("evt_1").waits_for == "account:order-9"
+    assert asked(ledger).path == "/v1/customers/cus_1"
+    answer(ledger, CUSTOMER)
+    ledger.now += MINUTE
+    assert process(ledger) == [("evt_1", "applied")]
+    assert ledger.available() == 1000
+
+
 def test_a_session_waits_for_its_customer_to_be_bound_by_another_object(ledger: Ledger) -> None:
     ledger.tell(COMPLETED, session(metadata={"package": "starter"}), "evt_1")
     metadata = {"account_id": "alpha"}
@@ -345,6 +355,15 @@ def test_a_long_invoice_waits_for_all_pages_of_its_lines(ledger: Ledger) -> None
     answer(ledger, {"object": "list", "data": lines[2:], "has_more": False})
     assert ledger.event("evt_1").status == "applied"
     assert ledger.available() == 1500
+
+
+@pytest.mark.parametrize("item", [{}, {"subscription_item": "si_1"}])
+def test_each_tier_of_a_price_is_a_line_of_its_own(ledger: Ledger, item: dict[str, str]) -> None:
+    ledger.tell("price.created", {**PRICE, **CREDITS, "unit_amount": None, "tiers_mode": "graduated"})
+    tiers = [{**line(1), **item, "quantity": 5}, {**line(2), **item, "quantity": 3, "amount": 240}]
+    assert ledger.tell("invoice.paid", invoice(*tiers)) == "applied"
+    assert ledger.available() == 4000
+    assert_sound(ledger)
 
 
 def multiply(ledger: Ledger, event_id: str, count: int) -> None:

@@ -228,6 +228,25 @@ def test_shapes_may_be_mixed(ledger: Ledger, name: str) -> None:
     assert_outcome(ledger, outcome)
 
 
+class Ancient(World):
+    """Until 2019-12-03 each line of a subscription had the subscription's id, on every invoice."""
+
+    def _show_line(self, line: dict[str, Any], subscription: str, *, expand: bool) -> dict[str, Any]:
+        return {**super()._show_line(line, subscription, expand=expand), "id": subscription}
+
+
+def test_each_year_has_its_months_also_where_its_line_has_the_id_of_the_last(ledger: Ledger) -> None:
+    world = Ancient("old")
+    subscription = world.subscribe("alpha", "year")
+    for _ in range(2):
+        world.renew(subscription)
+        world.wait(days=40)
+        with undone(ledger):
+            tell_in_time(ledger, world)
+            assert ledger.available() == 1000
+            assert_sound(ledger)
+
+
 @pytest.mark.parametrize("server", ["pg18"], indirect=True)
 @pytest.mark.parametrize("name", STORIES)
 def test_what_is_spent_meanwhile_is_missing_once(ledger: Ledger, name: str) -> None:

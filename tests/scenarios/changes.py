@@ -2,7 +2,7 @@
 
 from stripe_world import World
 
-from scenarios import Outcome, active, noon, over, plan, story
+from scenarios import Outcome, active, noon, over, plan, story, trial
 
 
 @story
@@ -120,6 +120,66 @@ def down_up_down_up(world: World) -> Outcome:
         world.wait(days=5.6)
         world.change(subscription, price)
     return Outcome(3000, [plan(3000, "01-31", "02-28")], subscriptions=[active("pro")])
+
+
+@story
+def down_up_down_up_billed_apart(world: World) -> Outcome:
+    """Nor where the lines do not say which item they change."""
+    subscription = world.subscribe("alpha", "pro")
+    for price in ("basic", "pro", "basic", "pro"):
+        world.wait(days=5.6)
+        world.change(subscription, price, bill="apart")
+    return Outcome(3000, [plan(3000, "01-31", "02-28")], subscriptions=[active("pro")])
+
+
+@story
+def one_of_two_items_is_billed_apart(world: World) -> Outcome:
+    """The other item keeps its own: what the whole subscription may grant is the sum."""
+    subscription = world.subscribe("alpha", "basic", "seat")
+    world.change(subscription, "pro", bill="apart")
+    return Outcome(3100, [plan(amount, "01-31", "02-28") for amount in (1000, 100, 2000)])
+
+
+@story
+def an_upgrade_at_the_last_minute(world: World) -> Outcome:
+    """Its lines come to nothing: that is no trial."""
+    subscription = world.subscribe("alpha", "basic")
+    world.wait(days=28, minutes=-5)
+    world.change(subscription, "pro")
+    return Outcome(1000, [plan(1000, "01-31", "02-28")], subscriptions=[active("pro")])
+
+
+@story
+def from_free_to_paid(world: World) -> Outcome:
+    """What a free plan gives back costs nothing, and is taken from what the new one grants all the same."""
+    subscription = world.subscribe("alpha", "free")
+    world.wait(days=14)
+    world.change(subscription, "pro")
+    return Outcome(1525, [plan(50, "01-31", "02-28"), plan(1475, "02-14", "02-28")], subscriptions=[active("pro")])
+
+
+@story
+def seats_of_a_trial(world: World) -> Outcome:
+    """To change a trial and to change it back refills nothing."""
+    subscription = world.subscribe("alpha", "pro", trial_days=14)
+    for quantity in (2, 1, 2):
+        world.wait(days=2)
+        world.change_trial(subscription, quantity=quantity)
+    return Outcome(400, [trial(200, "01-31", "02-14"), trial(200, "02-02", "02-14")])
+
+
+@story
+def from_a_year_to_a_larger_one(world: World) -> Outcome:
+    """Each month that follows is the larger one's, whichever invoice came first."""
+    subscription = world.subscribe("alpha", "year")
+    world.wait(days=14)
+    world.change(subscription, "large_year", reset=False)
+    world.wait(days=30)
+    return Outcome(
+        3000,
+        [over(1000, "01-31", "02-28"), over(1000, "02-14", "02-28"), plan(3000, "02-28", "03-31")],
+        subscriptions=[active("large_year")],
+    )
 
 
 @story
