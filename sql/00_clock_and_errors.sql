@@ -43,6 +43,15 @@ as $$
   select s.value from credits.settings s where s.name = _setting.name
 $$;
 
+-- The same time without days: how long these are depends on the time zone of the session.
+create or replace function credits._exact(span interval)
+returns interval
+language sql
+immutable
+as $$
+  select make_interval(secs => extract(epoch from _exact.span)::double precision)
+$$;
+
 -- Checks return what they have checked: an assignment is evaluated in place, while PERFORM runs a query.
 
 -- Amounts are numeric with at most 6 decimals; the upper bound also stops NaN and Infinity.

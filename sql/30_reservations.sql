@@ -263,7 +263,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_max_age interval := (credits._setting('reservation_max_age') #>> '{}')::interval;
+  v_max_age interval := credits._exact((credits._setting('reservation_max_age') #>> '{}')::interval);
   v_ttl     interval := credits._check_ttl(least(coalesce(extend.ttl, '15 minutes'), v_max_age));
   v_hold    credits.reservations;
 begin

@@ -135,15 +135,6 @@ begin
   return credits._exact(_check_ttl.ttl);
 end $$;
 
--- The same time without days: how long these are depends on the time zone of the session.
-create or replace function credits._exact(span interval)
-returns interval
-language sql
-immutable
-as $$
-  select make_interval(secs => extract(epoch from _exact.span)::double precision)
-$$;
-
 create or replace function credits._check_min_amount(min_amount numeric)
 returns numeric
 language plpgsql
@@ -181,7 +172,8 @@ language sql
 stable
 as $$
   select credits._fingerprint(jsonb_build_object(
-           'amount', _reserve_print.amount, 'ttl', credits._exact(_reserve_print.ttl), 'min_amount', _reserve_print.min_amount,
+           'amount', _reserve_print.amount, 'ttl', credits._exact(_reserve_print.ttl),
+           'min_amount', _reserve_print.min_amount,
            'description', _reserve_print.description, 'subject', _reserve_print.subject,
            'member_id', _reserve_print.member_id, 'capability', _reserve_print.capability),
            coalesce(_reserve_print.metadata, '{}'))

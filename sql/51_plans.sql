@@ -105,7 +105,8 @@ end $$;
 comment on function credits.resume_plan(text) is
 'Takes back a cancellation that has not come into effect. Resuming an active plan changes nothing.
 
-A plan that is over starts anew with change_plan. The subscription of a Stripe customer is resumed at Stripe: the request waits in stripe_requests.
+A plan that is over starts anew with change_plan. The subscription of a Stripe customer is resumed at Stripe: the request
+waits in stripe_requests.
 Errors: 400 invalid_request, 404 account_not_found, subscription_not_found, 409 illegal_transition.';
 
 create or replace function credits.set_time_zone(
