@@ -13,6 +13,7 @@ Read after the lock of the account is taken, so that the moments of one account'
 replace this function inside their own transaction to travel in time.';
 
 -- PTnnn is the HTTP status in PostgREST''s convention. RAISE refuses null options, and the message becomes a reason phrase.
+-- Where a code says it all, the hint is the code as a sentence: Plan not found.
 create or replace function credits._fail(
   status integer,
   code   text,
@@ -27,7 +28,7 @@ begin
     errcode = 'PT' || _fail.status,
     message = _fail.code,
     detail  = coalesce(_fail.detail, '{}')::text,
-    hint    = coalesce(_fail.hint, _fail.code);
+    hint    = coalesce(_fail.hint, upper(left(_fail.code, 1)) || translate(substr(_fail.code, 2), '_', ' ') || '.');
 end $$;
 
 insert into credits.settings as s (name, value, summary) values
@@ -40,6 +41,15 @@ language sql
 stable
 as $$
   select s.value from credits.settings s where s.name = _setting.name
+$$;
+
+-- The same time without days: how long these are depends on the time zone of the session.
+create or replace function credits._exact(span interval)
+returns interval
+language sql
+immutable
+as $$
+  select make_interval(secs => extract(epoch from _exact.span)::double precision)
 $$;
 
 -- Checks return what they have checked: an assignment is evaluated in place, while PERFORM runs a query.

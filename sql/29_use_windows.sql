@@ -63,7 +63,7 @@ begin
              from credits.usage_admissions o
             where o.account_id = _forget_admissions.account_id and o.capability = _forget_admissions.capability
               and o.admitted_at <= _forget_admissions.at - (
-                    select max(l.span)
+                    select credits._exact(max(l.span))
                       from credits.plan_limits l
                      where l.rolling and coalesce(l.capability, '') = _forget_admissions.capability)
             order by o.admitted_at, o.number

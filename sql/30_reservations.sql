@@ -263,7 +263,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_ttl     interval := credits._check_ttl(coalesce(extend.ttl, '15 minutes'));
+  v_max_age interval := credits._exact((credits._setting('reservation_max_age') #>> '{}')::interval);
+  v_ttl     interval := credits._check_ttl(least(coalesce(extend.ttl, '15 minutes'), v_max_age));
   v_hold    credits.reservations;
 begin
   perform credits._lock_account(extend.account_id);
@@ -272,8 +273,7 @@ begin
     perform credits._fail_closed(v_hold);
   end if;
   update credits.reservations r
-     set expires_at = greatest(r.expires_at,
-           least(credits.now() + v_ttl, r.created_at + (credits._setting('reservation_max_age') #>> '{}')::interval))
+     set expires_at = greatest(r.expires_at, least(credits.now() + v_ttl, r.created_at + v_max_age))
    where r.account_id = extend.account_id and r.reservation_id = extend.reservation_id
   returning r.* into v_hold;
   return credits._reservation_result(v_hold);
@@ -282,7 +282,7 @@ comment on function credits.extend(text, text, interval) is
 'Gives a reservation more time: ttl from now, 15 minutes by default. The heartbeat of long work.
 
 Answers with the new deadline, which is never earlier than the old one and never later than 24 hours after the reserve
-(setting reservation_max_age).
+(setting reservation_max_age), however long the ttl.
 Errors: 400 invalid_request, 404 account_not_found, reservation_not_found, 409 reservation_closed,
 410 reservation_expired.';
 

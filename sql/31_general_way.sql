@@ -132,7 +132,7 @@ begin
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'ttl', 'ttl', _check_ttl.ttl::text),
       'ttl is above zero and at most the setting reservation_max_age (24 hours).');
   end if;
-  return _check_ttl.ttl;
+  return credits._exact(_check_ttl.ttl);
 end $$;
 
 create or replace function credits._check_min_amount(min_amount numeric)
@@ -172,7 +172,8 @@ language sql
 stable
 as $$
   select credits._fingerprint(jsonb_build_object(
-           'amount', _reserve_print.amount, 'ttl', _reserve_print.ttl, 'min_amount', _reserve_print.min_amount,
+           'amount', _reserve_print.amount, 'ttl', credits._exact(_reserve_print.ttl),
+           'min_amount', _reserve_print.min_amount,
            'description', _reserve_print.description, 'subject', _reserve_print.subject,
            'member_id', _reserve_print.member_id, 'capability', _reserve_print.capability),
            coalesce(_reserve_print.metadata, '{}'))

@@ -148,8 +148,8 @@ begin
               where not l.rolling
              union all
              select r.used, r.resets_at
-               from credits._rolling_use((_limits.use).account_id, coalesce(l.capability, ''), l.maximum, l.span,
-                                         _limits.at) r
+               from credits._rolling_use((_limits.use).account_id, coalesce(l.capability, ''), l.maximum,
+                                         credits._exact(l.span), _limits.at) r
               where l.rolling) u
      where l.plan = (_limits.use).plan
        and (l.capability is null or (_limits.use).capability is null or l.capability = (_limits.use).capability);

@@ -26,7 +26,8 @@ declare
   v_print   jsonb := credits._fingerprint(jsonb_build_object(
                        'capability', authorize_usage.capability, 'units', authorize_usage.units,
                        'unit_counts', authorize_usage.unit_counts, 'quality', authorize_usage.quality,
-                       'model', authorize_usage.model, 'ttl', authorize_usage.ttl, 'subject', authorize_usage.subject,
+                       'model', authorize_usage.model, 'ttl', credits._interval_text(authorize_usage.ttl),
+                       'subject', authorize_usage.subject,
                        'member_id', authorize_usage.member_id, 'rate_id', authorize_usage.rate_id), authorize_usage.metadata);
   v_request credits.use_request := row(authorize_usage.capability, authorize_usage.units, authorize_usage.unit_counts,
                        authorize_usage.quality, authorize_usage.model, authorize_usage.member_id, authorize_usage.rate_id);
@@ -117,6 +118,17 @@ Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, us
 reservation_closed, 422 invalid_amount.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
+
+-- As fingerprints hold it, whatever style the session writes intervals in: some clients set another one.
+create or replace function credits._interval_text(span interval)
+returns text
+language sql
+stable
+strict
+set intervalstyle = 'postgres'
+as $$
+  select _interval_text.span::text
+$$;
 
 create or replace function credits._usage(
   account_id text,

@@ -91,7 +91,8 @@ declare
   v_sub    credits.subscriptions := credits._leading_subscription(get_subscription_state.account_id, v_now);
   v_state  credits.subscription_states;
   v_seen   credits.stripe_objects;
-  v_grace  timestamptz := v_sub.past_due_at + (credits._setting('past_due_grace') #>> '{}')::interval;
+  v_grace  timestamptz := (v_sub.past_due_at at time zone 'UTC' + (credits._setting('past_due_grace') #>> '{}')::interval)
+                            at time zone 'UTC';  -- the same in every session
 begin
   select s.* into v_state from credits.subscription_states s where s.state = coalesce(v_sub.state, 'none');
   select o.* into v_seen

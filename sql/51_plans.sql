@@ -12,9 +12,9 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_at  text := credits._check_when(coalesce(change_plan.at, 'now'));
   v_sub credits.subscriptions;
 begin
-  perform credits._check_when(change_plan.at);
   if not exists (select from credits.plans p where p.code = change_plan.plan and p.active) then
     perform credits._fail(404, 'plan_not_found', jsonb_build_object('plan', change_plan.plan));
   end if;
@@ -23,11 +23,11 @@ begin
   v_sub := credits._own_subscription(change_plan.account_id);
 
   if v_sub.source = 'stripe' then
-    perform credits._request_plan(v_sub, change_plan.plan, change_plan.at);
+    perform credits._request_plan(v_sub, change_plan.plan, v_at);
   elsif v_sub.subscription_id is null then
     perform credits._start_internal(change_plan.account_id, change_plan.plan, 'change_plan');
   else
-    perform credits._change_own(v_sub, change_plan.plan, change_plan.at);
+    perform credits._change_own(v_sub, change_plan.plan, v_at);
   end if;
   perform credits._refresh_plan(change_plan.account_id);
   return credits.get_subscription_state(change_plan.account_id);
@@ -53,14 +53,16 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
+  v_at  text := credits._check_when(coalesce(cancel_plan.at, 'period_end'));
   v_sub credits.subscriptions;
 begin
-  perform credits._check_when(cancel_plan.at);
   perform credits._lock_account(cancel_plan.account_id);
   v_sub := credits._check_own_subscription(cancel_plan.account_id);
-  if v_sub.source = 'stripe' then
-    perform credits._request_cancel(v_sub, cancel_plan.at);
-  elsif cancel_plan.at = 'period_end' then
+  if v_sub.state = 'canceled' then
+    return credits.get_subscription_state(cancel_plan.account_id);
+  elsif v_sub.source = 'stripe' then
+    perform credits._request_cancel(v_sub, v_at);
+  elsif v_at = 'period_end' then
     perform credits._advance(v_sub, 'canceling', 'cancel_plan');
     update credits.subscriptions s
        set cancel_at = s.period_end, cancel_at_period_end = true, pending_plan = null, pending_at = null
@@ -74,8 +76,8 @@ end $$;
 comment on function credits.cancel_plan(text, text) is
 'Cancels the plan of an account, at period_end or now.
 
-Credits stay: paid ones for good, those of the plan until they expire with the period. Canceling again changes nothing. The
-subscription of a Stripe customer is canceled at Stripe: the request waits in stripe_requests.
+Credits stay: paid ones for good, those of the plan until they expire with the period. Canceling again changes nothing, also
+when the plan is over. The subscription of a Stripe customer is canceled at Stripe: the request waits in stripe_requests.
 Errors: 400 invalid_request, 404 account_not_found, subscription_not_found, 409 plan_change_in_progress.';
 
 create or replace function credits.resume_plan(account_id text)
@@ -103,8 +105,9 @@ end $$;
 comment on function credits.resume_plan(text) is
 'Takes back a cancellation that has not come into effect. Resuming an active plan changes nothing.
 
-The subscription of a Stripe customer is resumed at Stripe: the request waits in stripe_requests.
-Errors: 400 invalid_request, 404 account_not_found, subscription_not_found.';
+A plan that is over starts anew with change_plan. The subscription of a Stripe customer is resumed at Stripe: the request
+waits in stripe_requests.
+Errors: 400 invalid_request, 404 account_not_found, subscription_not_found, 409 illegal_transition.';
 
 create or replace function credits.set_time_zone(
   account_id text,
@@ -136,15 +139,17 @@ Errors: 400 invalid_request, 404 account_not_found.';
 
 -- Helpers -----------------------------------------------------------------------------------------------------------
 
+drop function if exists credits._check_when(text);
 create or replace function credits._check_when(at text)
-returns void
+returns text
 language plpgsql
 immutable
 as $$
 begin
-  if _check_when.at in ('now', 'period_end') is not true then
+  if _check_when.at not in ('now', 'period_end') then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'at'), 'at is now or period_end.');
   end if;
+  return _check_when.at;
 end $$;
 
 -- What change_plan and its like are about: the live subscription of Stripe, else the plan of our own.
@@ -161,6 +166,7 @@ as $$
    limit 1
 $$;
 
+-- Without a live one, the account's own plan that was the last to end: it can be told that it is over.
 create or replace function credits._check_own_subscription(account_id text)
 returns credits.subscriptions
 language plpgsql
@@ -169,6 +175,13 @@ as $$
 declare
   v_sub credits.subscriptions := credits._own_subscription(_check_own_subscription.account_id);
 begin
+  if v_sub.subscription_id is null then
+    select s.* into v_sub
+      from credits.subscriptions s
+     where s.account_id = _check_own_subscription.account_id and s.source = 'internal'
+     order by s.created_at desc, s.subscription_id desc
+     limit 1;
+  end if;
   if v_sub.subscription_id is null then
     perform credits._fail(404, 'subscription_not_found',
       jsonb_build_object('account_id', _check_own_subscription.account_id), 'The account has no plan that could be changed.');

@@ -105,15 +105,17 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_rows integer := coalesce(get_cache_cleanup_history.n, 20);
 begin
-  if (get_cache_cleanup_history.n between 1 and 1000) is not true then
+  if v_rows not between 1 and 1000 then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'n'), 'n is from 1 to 1000.');
   end if;
   return query
     select c.*
       from credits.subscription_cache_cleanups c
      order by c.cleanup_id desc
-     limit get_cache_cleanup_history.n;
+     limit v_rows;
 end $$;
 comment on function credits.get_cache_cleanup_history(integer) is
 'The last n cleanups of the subscription cache, the latest first: when each started and finished, and the rows it removed.

@@ -22,7 +22,8 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_asked    jsonb := credits._fingerprint(jsonb_build_object(
-                        'package', create_checkout.package, 'plan', create_checkout.plan, 'quantity', create_checkout.quantity,
+                        'package', create_checkout.package, 'plan', create_checkout.plan,
+                        'quantity', coalesce(create_checkout.quantity, 1),
                         'success_url', create_checkout.success_url, 'cancel_url', create_checkout.cancel_url,
                         'save_card', coalesce(create_checkout.save_card, false), 'price_id', create_checkout.price_id,
                         'allow_promotion_codes', coalesce(create_checkout.allow_promotion_codes, false)),

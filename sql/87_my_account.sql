@@ -231,7 +231,7 @@ begin
   return query
     select p.*
       from credits.list_purchases(credits._my_account(_my_purchases.account_id), _my_purchases.status,
-                                  coalesce(_my_purchases.max_rows, 50), _my_purchases.before) p;
+                                  _my_purchases.max_rows, _my_purchases.before) p;
 end $$;
 
 create or replace function credits._my_checkout(
@@ -255,7 +255,7 @@ as $$
 begin
   return credits.create_checkout(
     credits._my_account_to_buy(_my_checkout.account_id), _my_checkout.package, _my_checkout.plan, _my_checkout.success_url,
-    _my_checkout.cancel_url, _my_checkout.key, coalesce(_my_checkout.quantity, 1), _my_checkout.save_card,
+    _my_checkout.cancel_url, _my_checkout.key, _my_checkout.quantity, _my_checkout.save_card,
     _my_checkout.allow_promotion_codes, _my_checkout.price_id, _my_checkout.metadata);
 end $$;
 

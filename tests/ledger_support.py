@@ -4,6 +4,7 @@ Amounts come back as Any: mypy would not let a Decimal be compared with an int.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -183,6 +184,7 @@ def refused(status: int, code: str, /, **detail: Any) -> Iterator[None]:
     assert isinstance(error.detail, dict)
     assert {name: as_number(error.detail.get(name)) for name in detail} == detail
     assert error.hint
+    assert re.fullmatch(r".+ .+\.", error.hint, re.DOTALL), f"no sentence: {error.hint}"
 
 
 def as_number(value: Any) -> Any:

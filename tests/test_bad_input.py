@@ -34,7 +34,8 @@ ACCOUNT: Wrong = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found
 NEW_ACCOUNT: Wrong = {INVALID: ACCOUNT[INVALID]}
 RESERVATION: Wrong = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["unknown", "R"]}
 METADATA: Wrong = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
-TTL: Wrong = {INVALID: [timedelta(0), -DAY, DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
+NO_TIME: Wrong = {INVALID: [timedelta(0), -DAY]}
+TTL: Wrong = {INVALID: [*NO_TIME[INVALID], DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
 
 USES = ("quote", "check_access", "authorize_usage")
 NO_CAPABILITY: Wrong = {(404, "capability_not_found"): [None, "", "dance", LONG]}
@@ -233,7 +234,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("reserve", "reservation_id"): {INVALID: KEY[INVALID]},
     ("reserve", "min_amount"): AMOUNT_OR_NULL,
     ("reserve", "ttl"): TTL,
-    ("extend", "ttl"): TTL,
+    ("extend", "ttl"): NO_TIME,
     ("open_account", "account_id"): NEW_ACCOUNT,
     ("open_account", "kind"): {INVALID: ["", "robot", LONG]},
     ("open_account", "plan"): {(404, "plan_not_found"): ["", "platinum", LONG]},
@@ -275,8 +276,8 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("list_stripe_gaps", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
     ("retry_stripe_request", "request_id"): {(404, "request_not_found"): [None, 0, -1, 2**63 - 1]},
     ("change_plan", "plan"): {(404, "plan_not_found"): [None, "", "platinum", LONG]},
-    ("change_plan", "at"): {INVALID: [None, "", "later", "NOW", LONG]},
-    ("cancel_plan", "at"): {INVALID: [None, "", "later", "NOW", LONG]},
+    ("change_plan", "at"): {INVALID: ["", "later", "NOW", LONG]},
+    ("cancel_plan", "at"): {INVALID: ["", "later", "NOW", LONG]},
     ("use_credits_validated", "amount"): AMOUNT,
     ("use_credits_validated", "metadata"): {
         INVALID: [*METADATA[INVALID], Jsonb({"key": ""}), Jsonb({"idempotency_key": LONG})]
@@ -285,7 +286,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("add_subscription_credits", "invoice_id"): KEY,
     ("add_subscription_credits", "subscription_id"): KEY,
     ("add_subscription_credits", "credits"): AMOUNT,
-    ("get_cache_cleanup_history", "n"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
+    ("get_cache_cleanup_history", "n"): {INVALID: [0, -1, 1001, 2**31 - 1]},
     **{(verb, "name"): {(404, "job_not_found"): [None, "", "Audit", LONG]} for verb in ("set_job", "run_job")},
     ("set_job", "schedule"): {INVALID: ["", "hourly", "* * * *", "* * * * * *", "60 * * * *", "0 0 30 2 *", LONG]},
     ("list_job_runs", "name"): {(404, "job_not_found"): ["", "Audit", LONG]},
@@ -297,7 +298,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     },
     ("create_checkout", "plan"): {INVALID: ["", "team", LONG]},  # beside a package
     ("create_checkout", "price_id"): {INVALID: ["", "price_1", LONG]},  # likewise
-    ("create_checkout", "quantity"): {INVALID: [None, 0, -1, 1_000_000, 2**31 - 1]},
+    ("create_checkout", "quantity"): {INVALID: [0, -1, 1_000_000, 2**31 - 1]},
     ("create_checkout", "metadata"): {
         INVALID: [
             *METADATA[INVALID],
@@ -326,8 +327,8 @@ BAD: dict[tuple[str, str], Wrong] = {
         INVALID: ACCOUNT[INVALID][1:],
         **{e: v for e, v in ACCOUNT.items() if e != INVALID},
     },
-    ("list_purchases", "max_rows"): {INVALID: [None, 0, -1, 1001, 2**31 - 1]},
-    ("purchase_totals", "group_by"): {INVALID: [None, "", "month", "Day", LONG]},
+    ("list_purchases", "max_rows"): {INVALID: [0, -1, 1001, 2**31 - 1]},
+    ("purchase_totals", "group_by"): {INVALID: ["", "month", "Day", LONG]},
     **{(verb, "issuer"): KEY for verb in ("set_issuer", "remove_issuer", "unlink_identity")},
     ("link_identity", "issuer"): {INVALID: KEY[INVALID], (404, "issuer_not_found"): ["https://other.example", "x"]},
     **{(verb, "subject"): KEY for verb in ("link_identity", "unlink_identity")},
@@ -486,6 +487,37 @@ def test_a_bad_value_is_refused_and_changes_nothing(ledger: Ledger, verb: str, a
                 with refused(status, code):
                     ledger.rows(verb, **{**arguments, argument: value})
                     pytest.fail(f"{verb} accepted {argument} = {value!r}"[:200])
+
+
+@pytest.mark.parametrize(
+    ("verb", "argument"),
+    [
+        ("change_plan", "at"),
+        ("cancel_plan", "at"),
+        ("create_checkout", "quantity"),
+        ("get_cache_cleanup_history", "n"),
+        ("get_usage", "group_by"),
+        ("grant_credits", "kind"),
+        ("history", "max_rows"),
+        ("list_purchases", "max_rows"),
+        ("purchase_totals", "group_by"),
+        ("set_member", "role"),
+        ("settle", "on_overage"),
+    ],
+)
+def test_null_is_the_default(ledger: Ledger, verb: str, argument: str) -> None:
+    arguments = {name: value for name, value in good(ledger, verb).items() if name != argument}
+    answers = []
+    for given in (arguments, {**arguments, argument: None}):
+        with ledger.conn.transaction(force_rollback=True):
+            answers.append([unnumbered(row) for row in ledger.rows(verb, **given)])
+    assert answers[0] == answers[1]
+
+
+def unnumbered(row: Any) -> dict[str, Any]:
+    """A row without the numbers that a sequence gives, which goes on in spite of a rollback."""
+    numbers = {"grant_id", "purchase_id", "request_id"}
+    return {name: value for name, value in row._asdict().items() if name not in numbers}
 
 
 @pytest.mark.parametrize(("verb", "argument"), MISTYPED, ids="-".join)

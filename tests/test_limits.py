@@ -93,6 +93,19 @@ def test_a_rolling_window_admits_again_when_a_call_leaves_it(ledger: Ledger, per
     assert_sound(ledger)
 
 
+def test_a_rolling_day_is_24_hours_in_every_time_zone_of_a_session(ledger: Ledger) -> None:
+    offer(ledger, {"calls": 1, "per": "day", "rolling": True})
+    saturday = datetime(2030, 3, 30, 12, tzinfo=UTC)  # in the night to Sunday, Berlin's clocks are put forward
+    ledger.now = saturday
+    call(ledger)
+    for zone in ("Europe/Berlin", "UTC"):
+        ledger.conn.execute("select set_config('timezone', %s, true)", [zone])
+        ledger.now = saturday + DAY - TICK
+        assert [row.resets_at for row in ledger.get_limits("alpha")] == [saturday + DAY]
+        with refused(429, "rate_limited", limit=1, used=1):
+            call(ledger)
+
+
 def stamp(at: datetime) -> str:
     """A moment as jsonb shows it in a session whose time zone is UTC."""
     text = at.astimezone(UTC).isoformat()

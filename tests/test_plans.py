@@ -388,9 +388,22 @@ def test_a_plan_canceled_now_is_over_and_keeps_its_credits_until_they_expire(led
     assert (ledger.available(), ledger.get_balance("alpha").plan) == (900, None)
     ledger.now = FEBRUARY
     assert ledger.available() == 0
-    for verb in (ledger.cancel_plan, ledger.resume_plan):
-        with refused(404, "subscription_not_found", account_id="alpha"):
-            verb("alpha")
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("moment", [HALF, FEBRUARY], ids=["in its period", "later"])
+def test_a_plan_that_is_over_is_canceled_again_and_not_resumed(ledger: Ledger, moment: datetime) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.change_plan("alpha", "pro")
+    ledger.now = HALF
+    row = ledger.cancel_plan("alpha", at="now")
+    ledger.now = moment
+    for at in ("now", "period_end"):
+        with ledger.unchanged("accounts", "balances", "grants", "entries", "subscription_cache", "plan_grants"):
+            assert ledger.cancel_plan("alpha", at=at).state == row.state == "canceled"
+    with ledger.unchanged(), refused(409, "illegal_transition", **{"from": "canceled", "to": "active"}):
+        ledger.resume_plan("alpha")
+    assert ledger.change_plan("alpha", "pro").state == "active"
     assert_sound(ledger)
 
 

@@ -1,7 +1,7 @@
 """Reservations: held, captured, settled under each policy, released, extended, run out."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -324,10 +324,21 @@ def test_extend_moves_the_deadline_and_never_back(ledger: Ledger) -> None:
 def test_extend_ends_a_day_after_the_reserve(ledger: Ledger) -> None:
     ledger.reserve("alpha", 30, "r", ttl="24 hours")
     ledger.now = NOON + 23 * HOUR
-    assert ledger.extend("alpha", "r", ttl="24 hours").expires_at == NOON + DAY
+    for ttl in ("24 hours", "25 hours", "100000 years"):
+        assert ledger.extend("alpha", "r", ttl=ttl).expires_at == NOON + DAY
     ledger.now = NOON + DAY
     with refused(410, "reservation_expired"):
         ledger.extend("alpha", "r")
+
+
+def test_a_day_is_24_hours_in_every_time_zone(ledger: Ledger) -> None:
+    ledger.conn.execute("select set_config('timezone', 'Europe/Berlin', true)")
+    for saturday in (datetime(2030, 3, 30, 12, tzinfo=UTC), datetime(2030, 10, 26, 12, tzinfo=UTC)):
+        ledger.now = saturday  # the clocks are changed on the Sunday
+        first = ledger.reserve("alpha", 5, str(saturday), ttl="1 day")
+        assert first.expires_at == saturday + DAY
+        assert ledger.extend("alpha", str(saturday), ttl="1 day").expires_at == saturday + DAY
+        assert same(first, ledger.reserve("alpha", 5, str(saturday), ttl="24 hours"))
 
 
 def test_the_ceiling_is_a_setting(ledger: Ledger) -> None:

@@ -1,7 +1,7 @@
 """The machine of subscriptions: its rows say what may happen, Stripe is followed, and every move is remembered."""
 
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import permutations, product
 from typing import Any
@@ -276,6 +276,17 @@ def test_past_due_may_spend_until_the_grace_is_over(ledger: Ledger) -> None:
     assert (state(ledger).may_spend, state(ledger).grace_until) == (True, None)
     say(ledger, "past_due")
     assert state(ledger).grace_until == ledger.now + 10 * DAY
+
+
+def test_the_grace_is_the_same_in_every_session(ledger: Ledger) -> None:
+    ledger.now = datetime(2030, 3, 28, 12, tzinfo=UTC)  # the Thursday before Berlin's clocks are put forward
+    say(ledger, "active")
+    say(ledger, "past_due")
+    since = ledger.now
+    ledger.now = since + 7 * DAY - TICK
+    for zone in ("Europe/Berlin", "UTC"):
+        ledger.conn.execute("select set_config('timezone', %s, true)", [zone])
+        assert (state(ledger).may_spend, state(ledger).grace_until) == (True, since + 7 * DAY)
 
 
 def delivered(ledger: Ledger, words: list[tuple[str, timedelta]], order: tuple[int, ...]) -> None:

@@ -167,6 +167,12 @@ def test_the_same_call_again_is_a_replay(ledger: Ledger) -> None:
         write(ledger, 999, **arguments)
 
 
+def test_a_replay_does_not_depend_on_how_the_session_writes_intervals(ledger: Ledger) -> None:
+    first = write(ledger, ttl="90 minutes")
+    ledger.conn.execute("select set_config('intervalstyle', 'iso_8601', true)")  # Rails does
+    assert same(first, write(ledger, ttl="90 minutes"))
+
+
 def test_settling_again_is_a_replay(ledger: Ledger) -> None:
     write(ledger)
     first = ledger.settle_usage("alpha", "u", 500, metadata=Jsonb({"tokens": 7}))
