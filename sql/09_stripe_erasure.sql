@@ -92,12 +92,12 @@ as $$
     'account account_id advice_code amount amount_captured amount_discount amount_paid amount_received '
     'amount_refunded amount_shipping amount_subtotal amount_tax amount_total attempt_count billing_cycle_anchor '
     'breakdown cancel_at cancel_at_period_end captured charge checkout_id client_reference_id code coupon created '
-    'credits credits_included currency current_period_end current_period_start current_phase customer data '
-    'decline_code deleted discount discounts end end_date ended_at expires_at has_more id includedCredits interval '
-    'interval_count invoice invoice_item_details items last_payment_error lines livemode metadata mode '
-    'monthly_credits object package paid parent pause_collection payment payment_intent payment_status payments '
-    'period phases plan price price_details price_id pricing product promotion_code proration quantity '
-    'quantity_decimal recurring refund_request_id schedule source start start_date status subscription '
-    'subscription_details subscription_item subscription_item_details top_up_id total total_details trial_credits '
-    'trial_end type unit_amount unit_amount_decimal usage_type', ' ')
+    'credited_items credits credits_included currency current_period_end current_period_start current_phase '
+    'customer data decline_code deleted discount discounts end end_date ended_at expires_at has_more id '
+    'includedCredits interval interval_count invoice invoice_item_details items last_payment_error lines livemode '
+    'metadata mode monthly_credits object package paid parent pause_collection payment payment_intent '
+    'payment_status payments period phases plan price price_details price_id pricing product promotion_code '
+    'proration proration_details quantity quantity_decimal recurring refund_request_id schedule source start '
+    'start_date status subscription subscription_details subscription_item subscription_item_details top_up_id '
+    'total total_details trial_credits trial_end type unit_amount unit_amount_decimal usage_type', ' ')
 $$;
