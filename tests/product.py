@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from door import SECRET, as_curl
 from five_ways import SERVICE, fits, forwarder, token
 from ledger_support import Ledger, assert_sound
 from psycopg import Connection
-from servers import Database
+from servers import Database, until
 from stripe_fake import KEY, Call
 from stripe_shop import Shop
 from stripe_world import START, Event, Offer, World
@@ -344,14 +344,6 @@ class Product:
 def as_shown(value: Any) -> str:
     """A value as the page prints it."""
     return "null" if value is None else str(value)[0].lower() if isinstance(value, bool) else str(value)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    """Wait for the door, which does its errands beside."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ import fcntl
 import itertools
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,16 @@ def missing(what: str, reason: str) -> None:
     if what in os.environ.get("PGCREDITS_TEST_REQUIRE", "").split(","):
         pytest.fail(f"{what} is required here: {reason}")
     pytest.skip(reason)
+
+
+def until(holds: Callable[[], Any], patience: float = 20) -> Any:
+    """Wait for what happens beside the test. Answers with what holds() says once it is true."""
+    deadline = time.monotonic() + patience
+    while not (found := holds()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {patience:g} s in vain")
+        time.sleep(0.02)
+    return found
 
 
 def has_cron(install: Path) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
@@ -24,7 +24,7 @@ from ledger_support import Ledger, assert_sound, committed, refused
 from psycopg import AsyncConnection, Connection
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import AsyncConnectionPool, ConnectionPool
-from servers import Database, Engine
+from servers import Database, Engine, until
 
 import pgcredits
 from pgcredits import CreditsError
@@ -128,14 +128,6 @@ def runs_out(ledger: Ledger, usage_id: str) -> Any:
 
 def held(ledger: Ledger) -> Any:
     return ledger.get_balance("alpha").held
-
-
-def wait(happened: Callable[[], Any]) -> None:
-    """Until it has happened."""
-    end = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 def terminate(ledger: Ledger, conn: Connection[Any] | AsyncConnection[Any]) -> None:
@@ -435,10 +427,7 @@ with psycopg.connect(sys.argv[1]) as conn:
         usage_id = process.stdout.readline().strip()
         os.kill(process.pid, signal.SIGKILL)
     assert (status(shop, usage_id), held(shop)) == ("open", 120)
-    deadline = time.monotonic() + 5
-    while held(shop):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not held(shop), 5)
     assert (status(shop, usage_id), shop.sums()) == ("expired", (500, 0, 500, 0))
 
 
@@ -526,11 +515,11 @@ def test_a_renewal_that_fails_is_tried_again(
 ) -> None:
     monkeypatch.setattr("pgcredits.client.LOCK_WAIT", "50ms")
     with pgcredits.usage(plain, "alpha", "chapter", 100, ttl=4 * SHORT) as u:
-        until = runs_out(shop, u.usage_id)
+        deadline = runs_out(shop, u.usage_id)
         plain.execute("select credits.spend('alpha', 1, key => 'spend')")  # the account is locked
-        wait(lambda: caplog.records)
+        until(lambda: caplog.records)
         plain.commit()
-        wait(lambda: runs_out(shop, u.usage_id) > until)
+        until(lambda: runs_out(shop, u.usage_id) > deadline)
         assert status(shop, u.usage_id) == "open"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "could not extend the hold" in caplog.text

@@ -12,13 +12,14 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from servers import until
 
 from pgcredits import embedded
 from pgcredits.embedded import EmbeddedError
@@ -41,15 +42,8 @@ def base() -> Iterator[Path]:
     """A folder that the user who runs root's servers can reach."""
     path = Path(os.environ["PGCREDITS_TEST_RUN"]) / f"embedded-{os.getpid()}-{next(_numbers)}"
     yield path
-    until("the server is gone", lambda: not running(path))
+    until(lambda: not running(path), 40)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def until(what: str, holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 40
-    while not holds():
-        assert time.monotonic() < deadline, f"waited 40 s for: {what}"
-        time.sleep(0.05)
 
 
 def running(base: Path) -> bool:
@@ -140,7 +134,7 @@ def test_a_killed_starter_leaves_no_server(base: Path) -> None:
         ask(dsn, "create table kept as select 42 as answer")
         starter.kill()
         starter.wait()
-        until("the server has stopped", lambda: not listens(port_of(dsn)))
+        until(lambda: not listens(port_of(dsn)), 40)
 
 
 def test_after_a_kill_it_is_taken_up_at_once(base: Path) -> None:
@@ -159,7 +153,7 @@ def test_a_killed_server_is_started_again(base: Path) -> None:
         ask(server.dsn, "create table kept as select 42 as answer")
         postmaster = int((server.data / "postmaster.pid").read_text().splitlines()[0])
         os.kill(postmaster, signal.SIGKILL)
-        until("the postmaster is dead", lambda: not listens(port_of(server.dsn)))
+        until(lambda: not listens(port_of(server.dsn)), 40)
         with embedded.start(base) as again:
             assert ask(again.dsn, "select answer from kept") == 42
 

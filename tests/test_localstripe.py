@@ -6,8 +6,7 @@ It is GPL-3.0 and runs as a process of its own; nothing of ours imports it.
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -15,7 +14,7 @@ import pytest
 from door import SECRET, Door, paid
 from ledger_support import Ledger, assert_sound, committed
 from psycopg.types.json import Jsonb
-from servers import Database
+from servers import Database, until
 
 KEY = "sk_test_12345"
 ROLE = "credits_service"
@@ -47,15 +46,6 @@ def peer() -> Iterator[httpx.Client]:
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def until(what: Callable[[], Any], patience: float = 20) -> Any:
-    """What what() says once it is true."""
-    deadline = time.monotonic() + patience
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
-    return found
 
 
 def post(peer: httpx.Client, path: str, **form: str) -> Any:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from email import message_from_bytes, policy
 from pathlib import Path
@@ -23,7 +23,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from door import Door
 from ledger_support import Ledger, committed
-from servers import Database
+from servers import Database, until
 from standardwebhooks.webhooks import Webhook
 from starlette.types import Message, Receive, Scope, Send
 
@@ -298,13 +298,6 @@ def started(code: str, environment: dict[str, str]) -> Iterator[subprocess.Popen
     finally:
         process.kill()
         process.wait()
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_the_door_delivers_beside_its_work(database: Database, ledger: Ledger, shop: Receiver) -> None:

@@ -20,7 +20,7 @@ import httpx
 import pytest
 from door import SECRET, Door, paid, signature
 from psycopg.conninfo import make_conninfo
-from servers import CONF, Database
+from servers import CONF, Database, until
 
 from pgcredits import db, embedded, migrate, webhook
 
@@ -300,13 +300,6 @@ def test_not_ready_before_the_schema_is_there(empty_database: Database) -> None:
         assert (door.http.get("/readyz").status_code, door.http.get("/readyz").json()) == (200, {"status": "ready"})
 
 
-def until(what: str, holds: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds} s for: {what}"
-        time.sleep(0.2)
-
-
 def test_the_database_goes_and_comes_back(tmp_path_factory: pytest.TempPathFactory) -> None:
     base = Path(os.environ["PGCREDITS_TEST_RUN"]) / f"stopped-{os.getpid()}"
     server = embedded.start(base, conf=CONF)
@@ -321,7 +314,7 @@ def test_the_database_goes_and_comes_back(tmp_path_factory: pytest.TempPathFacto
         assert_refused(door.post(body), 503, "not_stored")
         for _ in range(2):
             with embedded.start(base, port=port):
-                until("ready again", lambda: door.http.get("/readyz").status_code == 200)
+                until(lambda: door.http.get("/readyz").status_code == 200)
                 assert door.post(body).status_code == 200
             assert_refused(door.http.get("/readyz"), 503, "not_ready")
             assert_refused(door.post(body), 503, "not_stored")
@@ -360,7 +353,7 @@ def test_a_door_killed_at_work_loses_nothing_and_doubles_nothing(shop: Shop) -> 
             locker.execute("lock table credits.stripe_events in access exclusive mode")
             answer = pool.submit(httpx.post, url, content=body, headers=signed, timeout=20)
             waiting = "select 1 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
-            until("the call waits for the lock", lambda: admin.execute(waiting).fetchone())
+            until(lambda: admin.execute(waiting).fetchone())
             process.kill()
             process.wait()
         with pytest.raises(httpx.HTTPError):

@@ -20,7 +20,7 @@ import stripe
 from door import Door
 from ledger_support import Ledger, assert_sound, committed
 from psycopg.types.json import Jsonb
-from servers import Database
+from servers import Database, until
 from stripe_fake import KEY, StripeFake
 
 from pgcredits import outbox, worker
@@ -343,14 +343,6 @@ def test_a_lease_that_ran_out_is_taken_over(database: Database, ledger: Ledger, 
     assert row.worker != "crashed"
 
 
-def until(what: Any, patience: float = 20) -> None:
-    """Wait until what() is true."""
-    deadline = time.monotonic() + patience
-    while not what():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-
-
 @ONE_ENGINE
 def test_the_door_works_beside_and_ends_what_it_began(database: Database, ledger: Ledger, fake: StripeFake) -> None:
     fake.script("slow")
@@ -449,7 +441,8 @@ def test_a_worker_that_is_killed_loses_nothing_and_does_nothing_twice(
             before = len(fake.calls)
             for account in accounts[n * 10 : n * 10 + 10]:
                 customer(ledger, account)
-            until(lambda before=before: len(fake.calls) > before)  # on a busy machine nobody would have begun
+            # On a busy machine nobody would have begun.
+            until(lambda before=before: len(fake.calls) > before)  # type: ignore[misc]
             time.sleep(luck.random() / 5)
             os.kill(workers.pop(0), signal.SIGKILL)
             workers.append(start())

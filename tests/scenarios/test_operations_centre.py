@@ -5,8 +5,8 @@ from typing import Any
 
 from five_ways import token
 from ledger_support import refused
-from product import APRIL, Product, mail_server, until
-from servers import Database
+from product import APRIL, Product, mail_server
+from servers import Database, until
 from test_notifier import Mailbox
 
 ISSUER = "https://id.example.com"
