@@ -211,16 +211,30 @@ begin
          where s.state = 'sent' and s.locked_until > _take_deliveries.at
            and s.worker is not distinct from _take_deliveries.worker
          group by s.channel, s.target
-      ), due as (
+      ), waiting as (
+        select w.*
+          from unnest(_take_deliveries.channels) c (channel),
+               lateral (select o.*
+                          from credits.notification_deliveries o
+                         where o.channel = c.channel and o.state = 'pending' and o.next_attempt_at <= _take_deliveries.at
+                           and o.target not in (select b.target from busy b where b.channel = c.channel and b.places >= v_share)
+                         order by o.next_attempt_at, o.delivery_id
+                         limit v_left
+                           for no key update skip locked) w
+      ), lapsed as (
         select o.*
           from credits.notification_deliveries o
-         where (o.state = 'pending' and o.next_attempt_at <= _take_deliveries.at
-                or o.state = 'sent' and o.locked_until <= _take_deliveries.at)
-           and o.channel = any (_take_deliveries.channels)
+         where o.state = 'sent' and o.locked_until <= _take_deliveries.at and o.channel = any (_take_deliveries.channels)
            and (o.channel, o.target) not in (select b.channel, b.target from busy b where b.places >= v_share)
          order by o.next_attempt_at, o.delivery_id
          limit v_left
            for no key update skip locked
+      ), due as (
+        select w.* from waiting w
+        union all
+        select l.* from lapsed l
+        order by next_attempt_at, delivery_id
+        limit v_left
       ), placed as (
         select u.delivery_id,
                coalesce(b.places, 0) + row_number() over (
