@@ -95,8 +95,9 @@ def _parts(error: psycopg.Error) -> list[str]:
         hint = "Log in as a member of credits_service, or set PGCREDITS_ROLE=credits_service if the login may become it"
     elif isinstance(error, psycopg.ProgrammingError) and not said:
         hint = "--dsn or PGCREDITS_DSN must be an address such as postgresql://user@host/database"
-    parts = (said or " ".join(str(error).split()), hint, detail)
-    return list(dict.fromkeys(part for part in parts if part))  # the hint of an error that has none is its code
+    elif said and hint == f"{said.capitalize().replace('_', ' ')}.":
+        hint = None  # the code once more, as a sentence
+    return [part for part in (said or " ".join(str(error).split()), hint, detail) if part]
 
 
 @cli.command()

@@ -90,11 +90,11 @@ begin
     v_hint := 'pg_cron must be on the same server as the database of pgcredits.';
   elsif not pg_catalog.has_schema_privilege('cron', 'usage') then
     v_reason := pg_catalog.format('%%I may not use the schema cron', current_user);
-    v_hint := pg_catalog.format('A superuser says here: grant usage on schema cron to %%I', current_user);
+    v_hint := pg_catalog.format('A superuser says here: grant usage on schema cron to %%I.', current_user);
   elsif v_elsewhere and not pg_catalog.has_function_privilege(
     'cron.schedule_in_database(text, text, text, text, text, boolean)', 'execute') then
     v_reason := pg_catalog.format('%%I may not execute cron.schedule_in_database', current_user);
-    v_hint := 'A superuser says here: grant execute on function cron.schedule_in_database to ' || quote_ident(current_user);
+    v_hint := 'A superuser says here: grant execute on function cron.schedule_in_database to ' || quote_ident(current_user) || '.';
   elsif not (select r.rolcanlogin from pg_catalog.pg_roles r where r.rolname = current_user) then
     v_reason := pg_catalog.format('%%I cannot log in, and pg_cron runs entries as the role that makes them', current_user);
     v_hint := 'Call it as a login that is a member of credits_service, without set role.';

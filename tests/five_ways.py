@@ -23,7 +23,7 @@ from door import Door
 from postgrest import APIError, SyncPostgrestClient
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from servers import Database, Engine, missing
+from servers import Database, Engine, missing, until
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / ".postgrest"
@@ -212,7 +212,15 @@ def login(database: Database) -> str:
     password = "of-the-tests"
     with psycopg.connect(database.engine.server.admin_dsn, autocommit=True) as admin:
         admin.execute("select pg_advisory_lock(1)")  # the role is the cluster's, and other workers do the same
-        admin.execute(sql.SQL("alter role credits_forwarder password {}").format(sql.Literal(password)))
+
+        def set_password() -> bool:
+            try:
+                admin.execute(sql.SQL("alter role credits_forwarder password {}").format(sql.Literal(password)))
+            except psycopg.errors.InternalError:  # a deploy of another worker changes the role at this moment
+                return False
+            return True
+
+        until(set_password)
     return make_conninfo(database.dsn, user="credits_forwarder", password=password)
 
 

@@ -39,7 +39,7 @@ Json = dict[str, Any]
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs/examples"
-CRON_TURN = 120  # seconds: a minute until it wakes, what the jobs take, and perhaps a second turn
+CRON_TURN = 240  # seconds: a minute until it wakes, what the jobs take, and on a busy machine some more turns
 QUIET = range(5, 50)  # seconds of a minute: pg_cron has begun what this one brings, and the next is not near
 TURN = """
 select d.jobid, d.status, d.return_message from cron.job_run_details d join cron.job j using (jobid)

@@ -91,7 +91,7 @@ def elsewhere(server: embedded.Server) -> str:
                 jobs("schedule", server, *([] if remedy is None else ["--cron-dsn", dsn]))
             assert reason in str(caught.value.diag.message_detail)
             if remedy:
-                assert str(caught.value.diag.message_hint).endswith(remedy)
+                assert str(caught.value.diag.message_hint).endswith(f": {remedy}.")
                 admin.execute(remedy.encode())
         assert entries(admin) == []
     return dsn
