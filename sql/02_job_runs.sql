@@ -59,10 +59,11 @@ begin
     perform credits._check_key(run_job.runner, 'runner', 200);
     v_run_id := (credits._claim_job(v_job.name, run_job.runner, credits.now())).run_id;
   end if;
+  -- Waits: whoever looked for work when this was claimed may hold the row until the end of his transaction.
   select j.* into v_job
     from credits.jobs j
    where j.name = run_job.name and j.run_id = v_run_id and j.locked_until is not null
-     for no key update skip locked;
+     for no key update;
   if not found then
     return row(run_job.name, v_run_id, 'busy', 0, false, null, null)::credits.job_result;
   end if;

@@ -410,6 +410,23 @@ def test_one_at_a_time_killed_and_by_many(database: Database) -> None:
         assert_sound(ledger)
 
 
+def test_a_claim_is_not_lost_to_who_looked_for_work_beside(database: Database) -> None:
+    """His look at the row may lock it, although it is no longer free when he gets it."""
+    with committed(database) as ledger, database.admin() as admin, ThreadPoolExecutor(1) as pool:
+        ledger.change("update credits.jobs set next_run_at = %s", datetime.now(UTC) - MINUTE)
+        (claim,) = ledger.claim_job("one")
+
+        def run() -> Any:
+            with database.connect(autocommit=True) as conn:
+                return Client(conn).run_job(claim.name, run_id=claim.run_id)
+
+        with database.connect("credits_owner") as other:
+            other.execute("select from credits.jobs j where j.name = %s for no key update", [claim.name])
+            running = pool.submit(run)
+            waiting(admin, "run_job")
+        assert running.result().outcome == "done"
+
+
 def ignoring(call: Callable[[], None]) -> Callable[[Client], None]:
     return lambda _: call()
 
