@@ -91,6 +91,7 @@ class Year:
     def __init__(self, database: Database, ledger: Ledger, owner: psycopg.Connection[Any]) -> None:
         self.database, self.ledger, self.owner = database, ledger, owner
         self.dice = random.Random(6)
+        self.fates: dict[str, random.Random] = {}  # one for each fault, so that none depends on how often others ask
         self.world = World()
         self.world.page = 100
         self.models: dict[str, Model] = {}
@@ -115,7 +116,8 @@ class Year:
 
     def chance(self, what: str, one_in: int) -> bool:
         """Whether it goes wrong this time."""
-        wrong = not self.calm and self.dice.randrange(one_in) == 0
+        fate = self.fates.setdefault(what, random.Random(what))
+        wrong = not self.calm and fate.randrange(one_in) == 0
         self.faults[what] += wrong
         return wrong
 
