@@ -115,6 +115,43 @@ begin
   return _check_key.key;
 end $$;
 
+-- Null passes: it is the default of whoever asks.
+create or replace function credits._check_word(
+  word  text,
+  name  text,
+  words text[]
+)
+returns text
+language plpgsql
+immutable
+as $$
+begin
+  if _check_word.word <> all (_check_word.words) then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', _check_word.name),
+      format('%s is %s or %s.', _check_word.name, array_to_string(trim_array(_check_word.words, 1), ', '),
+             _check_word.words[cardinality(_check_word.words)]));
+  end if;
+  return _check_word.word;
+end $$;
+
+drop function if exists credits._check_rows(integer, text);
+create or replace function credits._check_rows(
+  rows    integer,
+  name    text,
+  highest integer default 1000
+)
+returns integer
+language plpgsql
+immutable
+as $$
+begin
+  if (_check_rows.rows between 1 and _check_rows.highest) is not true then
+    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', _check_rows.name),
+      format('%s is a number from 1 to %s.', _check_rows.name, _check_rows.highest));
+  end if;
+  return _check_rows.rows;
+end $$;
+
 create or replace function credits._check_metadata(metadata jsonb)
 returns jsonb
 language plpgsql

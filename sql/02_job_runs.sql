@@ -73,7 +73,8 @@ comment on function credits.run_job(text, text, bigint) is
 'Does one batch of a job in the caller''s transaction, whether it is due, enabled, or neither.
 
 outcome is running (more is true: there is more to do, call again), done, failed (with its error; what the batch did is
-undone, and nothing is raised), or busy: another runner is at it. rows_done is of this batch. run_id is that of claim_job().
+undone, and nothing is raised), or busy: another runner is at it. rows_done is of this batch. run_id is that of claim_job();
+if somebody does a batch of that very run, this one waits for it.
 Errors: 400 invalid_request, 404 job_not_found.';
 
 create or replace function credits.run_due_jobs(runner text default 'somebody')

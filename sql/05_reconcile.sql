@@ -86,10 +86,8 @@ as $$
 declare
   v_run credits.reconciliation_result := credits.get_reconciliation(list_stripe_gaps.run_id);
 begin
-  if (list_stripe_gaps.max_rows between 1 and 1000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
-      'max_rows is from 1 to 1000; page on with after.');
-  end if;
+  perform credits._check_rows(list_stripe_gaps.max_rows, 'max_rows');
+  perform credits._check_word(list_stripe_gaps.state, 'state', '{open,repairing,repaired,arrived,failed,foreign}');
   return query
     select g.*
       from credits._gaps(v_run.run_id) g

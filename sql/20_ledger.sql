@@ -57,12 +57,10 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_rows integer := credits._check_rows(coalesce(history.max_rows, 50), 'max_rows');
 begin
   perform credits._account(history.account_id);
-  if history.max_rows not between 1 and 1000 then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
-      'max_rows is from 1 to 1000; page on with before_seq.');
-  end if;
   return query
     select e.entry_seq, e.created_at, e.kind, e.amount, e.debt, e.balance_after, e.available_after,
            e.description, e.subject, e.member_id, e.capability, e.reservation_id, e.operation, e.key,
@@ -74,7 +72,7 @@ begin
        and e.entry_seq < coalesce(history.before_seq, 9223372036854775807)
        and (history.kinds is null or e.kind = any (history.kinds))
      order by e.entry_seq desc
-     limit coalesce(history.max_rows, 50);
+     limit v_rows;
 end $$;
 comment on function credits.history(text, bigint, integer, text[]) is
 'A page of an account''s entries, the latest first.

@@ -150,11 +150,7 @@ language plpgsql
 immutable
 as $$
 begin
-  if coalesce(_check_overage.on_overage, 'cap') not in ('cap', 'overflow', 'reject') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'on_overage'),
-      'on_overage is cap, overflow or reject.');
-  end if;
-  return coalesce(_check_overage.on_overage, 'cap');
+  return coalesce(credits._check_word(_check_overage.on_overage, 'on_overage', '{cap,overflow,reject}'), 'cap');
 end $$;
 
 create or replace function credits._reserve_print(

@@ -15,14 +15,11 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_id     text := credits._check_key(set_member.member_id, 'member_id', 200);
-  v_role   text := coalesce(set_member.role, 'member');
+  v_role   text := coalesce(credits._check_word(set_member.role, 'role', '{owner,admin,member}'), 'member');
   v_limit  numeric;
   v_before credits.members;
 begin
-  if v_role not in ('owner', 'admin', 'member') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'role'),
-      'role is owner, admin or member.');
-  elsif set_member.monthly_limit is not null then
+  if set_member.monthly_limit is not null then
     v_limit := credits._check_amount(set_member.monthly_limit, zero => true);
   end if;
 

@@ -14,13 +14,10 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_account credits.accounts := credits._account(get_usage.account_id);
-  v_by      text := coalesce(get_usage.group_by, 'day');
+  v_by      text := coalesce(credits._check_word(get_usage.group_by, 'group_by',
+                                                 '{day,subject,capability,quality,model,member}'), 'day');
   v_since   timestamptz := coalesce(get_usage.since, date_trunc('month', credits.now(), v_account.time_zone));
 begin
-  if v_by not in ('day', 'subject', 'capability', 'quality', 'model', 'member') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'group_by', 'group_by', v_by),
-      'group_by is day, subject, capability, quality, model or member.');
-  end if;
   return query
     select case v_by
              when 'day'        then to_char(m.at at time zone v_account.time_zone, 'YYYY-MM-DD')

@@ -16,7 +16,7 @@ begin
                       from credits.subscriptions s
                      where s.source = 'internal' and s.state in ('active', 'canceling') and s.period_end <= v_now
                      order by s.period_end
-                     limit credits._check_max(grant_plan_credits.max_accounts));
+                     limit credits._check_rows(grant_plan_credits.max_accounts, 'max_accounts', 10000));
   perform credits._lock_accounts(v_turned);
   return cardinality(v_turned);
 end $$;
@@ -40,7 +40,7 @@ begin
   v_accounts := array(select c.account_id
                         from credits._plans_to_bring_up(v_now) c
                        order by c.account_id
-                       limit credits._check_max(initialize_plan_credits.max_accounts));
+                       limit credits._check_rows(initialize_plan_credits.max_accounts, 'max_accounts', 10000));
   perform credits._lock_accounts(v_accounts);
   perform credits._refresh_plan(a.account_id) from unnest(v_accounts) a (account_id);
   return cardinality(v_accounts);
@@ -55,18 +55,7 @@ Errors: 400 invalid_request.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
 
-create or replace function credits._check_max(max_accounts integer)
-returns integer
-language plpgsql
-immutable
-as $$
-begin
-  if (_check_max.max_accounts between 1 and 10000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_accounts'),
-      'max_accounts is from 1 to 10000.');
-  end if;
-  return _check_max.max_accounts;
-end $$;
+drop function if exists credits._check_max(integer);
 
 -- Accounts whose grants are not those that their plan says. First what is cheap to ask and mostly says no.
 create or replace function credits._plans_to_bring_up(at timestamptz)

@@ -12,7 +12,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_at  text := credits._check_when(coalesce(change_plan.at, 'now'));
+  v_at  text := coalesce(credits._check_word(change_plan.at, 'at', '{now,period_end}'), 'now');
   v_sub credits.subscriptions;
 begin
   if not exists (select from credits.plans p where p.code = change_plan.plan and p.active) then
@@ -53,7 +53,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_at  text := credits._check_when(coalesce(cancel_plan.at, 'period_end'));
+  v_at  text := coalesce(credits._check_word(cancel_plan.at, 'at', '{now,period_end}'), 'period_end');
   v_sub credits.subscriptions;
 begin
   perform credits._lock_account(cancel_plan.account_id);
@@ -140,17 +140,6 @@ Errors: 400 invalid_request, 404 account_not_found.';
 -- Helpers -----------------------------------------------------------------------------------------------------------
 
 drop function if exists credits._check_when(text);
-create or replace function credits._check_when(at text)
-returns text
-language plpgsql
-immutable
-as $$
-begin
-  if _check_when.at not in ('now', 'period_end') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'at'), 'at is now or period_end.');
-  end if;
-  return _check_when.at;
-end $$;
 
 -- What change_plan and its like are about: the live subscription of Stripe, else the plan of our own.
 create or replace function credits._own_subscription(account_id text)

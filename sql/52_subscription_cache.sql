@@ -106,11 +106,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_rows integer := coalesce(get_cache_cleanup_history.n, 20);
+  v_rows integer := credits._check_rows(coalesce(get_cache_cleanup_history.n, 20), 'n');
 begin
-  if v_rows not between 1 and 1000 then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'n'), 'n is from 1 to 1000.');
-  end if;
   return query
     select c.*
       from credits.subscription_cache_cleanups c

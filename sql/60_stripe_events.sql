@@ -80,10 +80,7 @@ as $$
 declare
   v_id text;
 begin
-  if (process_stripe_events.max_events between 1 and 10000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_events'),
-      'max_events is from 1 to 10000.');
-  end if;
+  perform credits._check_rows(process_stripe_events.max_events, 'max_events', 10000);
   for v_id in
     select e.event_id
       from credits.stripe_events e
@@ -189,14 +186,10 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_rows integer := credits._check_rows(coalesce(list_stripe_events.max_rows, 50), 'max_rows');
 begin
-  if list_stripe_events.max_rows not between 1 and 1000 then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
-      'max_rows is from 1 to 1000; page on with before.');
-  elsif list_stripe_events.status not in ('received', 'applied', 'ignored', 'parked', 'failed') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'status'),
-      'status is received, applied, ignored, parked or failed.');
-  end if;
+  perform credits._check_word(list_stripe_events.status, 'status', '{received,applied,ignored,parked,failed}');
   return query
     select e.event_id, e.endpoint, e.type, e.status, e.reason, e.error, e.attempts, e.next_attempt_at, e.created_at,
            e.received_at, e.applied_at, e.object_id, e.waits_for, e.effects, e.archived_at
@@ -205,7 +198,7 @@ begin
        and (list_stripe_events.type is null or e.type = list_stripe_events.type)
        and e.received_at < coalesce(list_stripe_events.before, 'infinity')
      order by e.received_at desc, e.event_id
-     limit coalesce(list_stripe_events.max_rows, 50);
+     limit v_rows;
 end $$;
 comment on function credits.list_stripe_events(text, text, timestamptz, integer) is
 'The events received, the latest first, with what became of them.

@@ -21,10 +21,7 @@ declare
   v_until   timestamptz := v_now + (credits._setting('stripe_request_lease') #>> '{}')::interval;
   v_stopped boolean     := exists (select from credits.stripe_queue_stop);
 begin
-  if (claim_stripe_requests.max_rows between 1 and 1000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
-      'max_rows is a number from 1 to 1000.');
-  end if;
+  perform credits._check_rows(claim_stripe_requests.max_rows, 'max_rows');
   perform credits._give_up_unknown(v_now);
   if v_stopped then
     update credits.stripe_queue_stop q set until = v_until where q.until <= v_now;

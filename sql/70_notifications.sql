@@ -137,10 +137,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 begin
   perform credits._check_rows(list_notifications.max_rows, 'max_rows');
-  if list_notifications.state not in ('pending', 'sent', 'delivered', 'dead') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'state'),
-      'state is pending, sent, delivered or dead.');
-  end if;
+  perform credits._check_word(list_notifications.state, 'state', '{pending,sent,delivered,dead}');
   return query
     select n.notification_id, n.type, coalesce(k.audience, 'operator'), n.account_id, n.key, n.data, n.created_at,
            (select coalesce(jsonb_agg(to_jsonb(credits._delivery_result(d)) - 'notification_id' order by d.delivery_id), '[]')
@@ -223,22 +220,6 @@ as $$
      and coalesce((select k.audience from credits.notification_kinds k where k.kind = (_targets.notification).type),
                   'operator') = 'operator'
 $$;
-
-create or replace function credits._check_rows(
-  rows integer,
-  name text
-)
-returns integer
-language plpgsql
-immutable
-as $$
-begin
-  if (_check_rows.rows between 1 and 1000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', _check_rows.name),
-      format('%s is a number from 1 to 1000.', _check_rows.name));
-  end if;
-  return _check_rows.rows;
-end $$;
 
 create or replace function credits._check_endpoint(
   name  text,

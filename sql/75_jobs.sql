@@ -105,9 +105,8 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if (list_job_runs.max_rows between 1 and 1000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'), 'max_rows is from 1 to 1000.');
-  elsif list_job_runs.name is not null then
+  perform credits._check_rows(list_job_runs.max_rows, 'max_rows');
+  if list_job_runs.name is not null then
     perform credits._job(list_job_runs.name);
   end if;
   return query

@@ -12,13 +12,13 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
+declare
+  v_rows integer := credits._check_rows(coalesce(list_purchases.max_rows, 50), 'max_rows');
 begin
+  perform credits._check_word(list_purchases.status, 'status',
+    '{pending,processing,completed,failed,expired,refunded,partially_refunded,disputed}');
   if list_purchases.account_id is not null then
     perform credits._account(list_purchases.account_id);
-  end if;
-  if list_purchases.max_rows not between 1 and 1000 then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'),
-      'max_rows is from 1 to 1000; page on with before.');
   end if;
   return query
     select p.*
@@ -27,7 +27,7 @@ begin
        and (list_purchases.status is null or p.status = list_purchases.status)
        and p.purchase_id < coalesce(list_purchases.before, 9223372036854775807)
      order by p.purchase_id desc
-     limit coalesce(list_purchases.max_rows, 50);
+     limit v_rows;
 end $$;
 comment on function credits.list_purchases(text, text, integer, bigint) is
 'Purchases, the latest first: of one account, or for operators of all.
@@ -48,9 +48,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  if purchase_totals.group_by not in ('day', 'package') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'group_by'), 'group_by is day or package.');
-  end if;
+  perform credits._check_word(purchase_totals.group_by, 'group_by', '{day,package}');
   return query
     select n.name, p.currency, p.livemode, count(*), trim_scale(sum(p.credits)), sum(p.amount)::bigint,
            sum(p.amount_discount)::bigint, sum(p.amount_tax)::bigint, sum(p.amount_refunded)::bigint,

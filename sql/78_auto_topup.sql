@@ -115,10 +115,7 @@ declare
   v_now      timestamptz := credits.now();
   v_accounts text[];
 begin
-  if (run_auto_topups.max_accounts between 1 and 10000) is not true then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_accounts'),
-      'max_accounts is a number from 1 to 10000.');
-  end if;
+  perform credits._check_rows(run_auto_topups.max_accounts, 'max_accounts', 10000);
   v_accounts := array(select r.account_id from credits.auto_topups r
                        where r.check_at <= v_now order by r.check_at, r.account_id limit run_auto_topups.max_accounts);
   v_accounts := array(select b.account_id from credits.balances b where b.account_id = any (v_accounts)

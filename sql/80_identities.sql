@@ -163,10 +163,7 @@ as $$
 begin
   perform credits._check_key(_check_identity.issuer, 'issuer');
   perform credits._check_key(_check_identity.subject, 'subject');
-  if _check_identity.kind not in ('user', 'org') then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'kind'), 'kind is user or org.');
-  end if;
-  return coalesce(_check_identity.kind, 'user');
+  return coalesce(credits._check_word(_check_identity.kind, 'kind', '{user,org}'), 'user');
 end $$;
 
 -- Empty, not null, once a transaction has set it. Set by whoever has checked the signature; headers are a client's word.

@@ -64,12 +64,9 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_account_id text    := credits._my_account(_my_reservations.account_id);
-  v_max_rows   integer := coalesce(_my_reservations.max_rows, 50);
+  v_max_rows   integer := credits._check_rows(coalesce(_my_reservations.max_rows, 50), 'max_rows');
   v_now        timestamptz := credits.now();
 begin
-  if v_max_rows not between 1 and 1000 then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'max_rows'), 'max_rows is from 1 to 1000.');
-  end if;
   return query
     select r.*
       from credits.reservations r

@@ -246,6 +246,8 @@ def test_purchases_are_listed_page_by_page_and_none_is_left_out(ledger: Ledger) 
     assert [row.stripe_session_id for row in of_beta] == ["cs_7", "cs_5"]
     assert [row.stripe_session_id for row in ledger.list_purchases(status="expired")] == ["cs_8"]
     assert ledger.list_purchases(account_id="beta", status="expired") == []
+    with refused(400, "invalid_request", argument="status"):
+        ledger.list_purchases(status="complete")
 
 
 def test_totals_are_by_currency_and_count_what_was_completed(ledger: Ledger) -> None:

@@ -65,6 +65,8 @@ def test_a_run_tells_what_never_arrived_and_changes_nothing(ledger: Ledger) -> N
     first, *_ = gaps(ledger, max_rows=1)
     assert gaps(ledger, after=first[0]) == gaps(ledger)[1:]
     assert gaps(ledger, state="foreign") == [(refund, "refund_missing", "foreign")]
+    with refused(400, "invalid_request", argument="state"):
+        gaps(ledger, state="closed")
 
 
 @pytest.mark.parametrize("shape", ["old", "new"])

@@ -1,0 +1,119 @@
+-- What stands of a payment brought to what it has bought: grants, purchases, and the account while it is disputed.
+-- Keeps invariant 9: what was clawed back equals its target. The caller holds the lock of the account.
+
+insert into credits.settings as s (name, value, summary) values
+  ('dispute_freezes', '"credits"',
+   'What an open dispute freezes: credits (what is unspent of those the payment bought) or account.')
+on conflict (name) do update set summary = excluded.summary;
+
+-- Brings everything that a session or an invoice has bought to where its payments are. The caller holds the account.
+create or replace function credits._settle_source(
+  source_kind text,
+  source_id   text,
+  account_id  text
+)
+returns jsonb
+language plpgsql
+as $$
+declare
+  v_totals  credits.payment_totals := credits._payment_totals(_settle_source.source_kind, _settle_source.source_id);
+  v_account boolean := credits._setting('dispute_freezes') = '"account"';
+  v_grant   bigint;
+  v_effects jsonb := jsonb '[]';
+begin
+  for v_grant in
+    select p.grant_id
+      from credits._purchases_of(_settle_source.source_kind, _settle_source.source_id, _settle_source.account_id) p
+    union all
+    select p.grant_id
+      from credits.plan_grants p
+      join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
+     where _settle_source.source_kind = 'invoice' and p.account_id = _settle_source.account_id
+       and p.invoice_id = _settle_source.source_id and g.status <> 'pending'
+    order by 1
+  loop
+    v_effects := v_effects || credits._claw_back(_settle_source.account_id, v_grant, _settle_source.source_kind,
+      _settle_source.source_id, credits._share(v_totals.refunded + v_totals.lost, v_totals.captured),
+      credits._share(v_totals.refunded + v_totals.lost + case when v_account then 0 else v_totals.open end, v_totals.captured));
+  end loop;
+
+  perform credits._settle_purchase(p, v_totals)
+     from credits._purchases_of(_settle_source.source_kind, _settle_source.source_id, _settle_source.account_id) p;
+  if _settle_source.source_kind = 'invoice' and v_effects <> '[]' then
+    perform credits._refresh_plan(_settle_source.account_id);  -- a line that is refunded in full pays out no more
+  end if;
+  if v_account or exists (select from credits.accounts a
+                           where a.account_id = _settle_source.account_id and a.status = 'frozen'
+                             and a.settings ->> 'status_reason' = 'dispute') then
+    perform credits._freeze_disputed(_settle_source.account_id);
+  end if;
+  return v_effects;
+end $$;
+
+-- What a session, or the payment of a top-up, has bought.
+create or replace function credits._purchases_of(
+  source_kind text,
+  source_id   text,
+  account_id  text
+)
+returns setof credits.purchases
+language sql
+stable
+as $$
+  select p.*
+    from credits.purchases p
+   where _purchases_of.source_kind = 'session' and p.account_id = _purchases_of.account_id
+     and p.stripe_session_id = _purchases_of.source_id and p.grant_id is not null
+  union all
+  select p.*
+    from credits.purchases p
+   where _purchases_of.source_kind = 'top_up' and p.account_id = _purchases_of.account_id
+     and p.stripe_payment_intent_id = _purchases_of.source_id and p.stripe_session_id is null and p.grant_id is not null
+$$;
+
+-- Money that goes back ends automatic top-up, or it would buy again what was taken: a top-up's own, and any that is disputed.
+drop function if exists credits._settle_purchase(text, text, credits.payment_totals);
+create or replace function credits._settle_purchase(
+  purchase credits.purchases,
+  totals   credits.payment_totals
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_before   credits.purchases := _settle_purchase.purchase;
+  v_refunded bigint := (_settle_purchase.totals).refunded;
+  v_disputed bigint := (_settle_purchase.totals).lost + (_settle_purchase.totals).open;
+begin
+  update credits.purchases p
+     set amount_refunded = v_refunded,
+         amount_disputed = v_disputed,
+         status = case when v_disputed > 0 then 'disputed'
+                       when v_refunded = 0 then 'completed'
+                       when v_refunded >= (_settle_purchase.totals).captured then 'refunded'
+                       else 'partially_refunded' end
+   where p.account_id = v_before.account_id and p.purchase_id = v_before.purchase_id;
+  if v_disputed > v_before.amount_disputed then
+    perform credits._pause_top_up(v_before.account_id, 'disputed');
+  elsif v_refunded > v_before.amount_refunded and v_before.stripe_session_id is null then
+    perform credits._pause_top_up(v_before.account_id, 'refunded');
+  end if;
+end $$;
+
+-- With dispute_freezes = account: frozen while any dispute of its payments is open, and only what we froze is unfrozen.
+create or replace function credits._freeze_disputed(account_id text)
+returns void
+language plpgsql
+as $$
+declare
+  v_account  credits.accounts := credits._account(_freeze_disputed.account_id);
+  v_disputed boolean := credits._setting('dispute_freezes') = '"account"' and exists (
+    select from credits.stripe_payments p, credits._payment_totals(p.source_kind, p.source_id) t
+     where p.account_id = v_account.account_id and t.open > 0);
+begin
+  if v_disputed and v_account.status = 'active' then
+    perform credits._set_account_status(v_account.account_id, 'frozen', 'dispute');
+  elsif not v_disputed and v_account.status = 'frozen' and v_account.settings ->> 'status_reason' = 'dispute' then
+    perform credits._set_account_status(v_account.account_id, 'active', null);
+  end if;
+end $$;
