@@ -23,7 +23,7 @@ from pgcredits.commands.imports import cli as imports_cli
 from pgcredits.commands.jobs import cli as jobs_cli
 from pgcredits.commands.notify import cli as notify_cli
 from pgcredits.commands.settings import cli as settings_cli
-from pgcredits.commands.shared import Dsn, connected, console, database, progress
+from pgcredits.commands.shared import Dsn, ReleaseHolds, Yes, connected, console, database, progress
 from pgcredits.commands.stripe import cli as stripe_cli
 from pgcredits.settings import Settings, SettingsError
 
@@ -158,7 +158,7 @@ def rollback(
     steps: Annotated[int, typer.Option(min=1, help="How many migrations to take back.")] = 1,
     *,
     all_: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Take the last migrations back. Destroys what their tables hold."""
     with database(dsn, Settings.from_environment()) as target:
@@ -203,8 +203,8 @@ def erase(
     account_id: str,
     dsn: Dsn = "",
     *,
-    release_holds: Annotated[bool, typer.Option("--release-holds", help="Give back what reservations hold.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    release_holds: ReleaseHolds = False,
+    yes: Yes = False,
 ) -> None:
     """Erase the personal data of an account and close it, for good. The ledger stays: docs/operations.md."""
     if not yes:
@@ -215,6 +215,18 @@ def erase(
         f"Erased. {done['forfeited']} credits were forfeited; {done['objects']} objects, {done['events']} events and "
         f"{done['requests']} answers of Stripe were emptied."
     )
+
+
+@cli.command("erase-member")
+def erase_member(
+    account_id: str, member_id: str, dsn: Dsn = "", *, release_holds: ReleaseHolds = False, yes: Yes = False
+) -> None:
+    """Erase what tells of one member of an organisation, for good. All others, and the ledger, stay."""
+    if not yes:
+        typer.confirm(f"Erase what tells of {member_id} in {account_id}?", abort=True)
+    with connected(dsn) as conn:
+        (done,) = db.call(conn, "erase_member", account_id=account_id, member_id=member_id, release_holds=release_holds)
+    print(f"Erased. {done['erase_member']} rows told of {member_id}.")
 
 
 @cli.command()

@@ -118,6 +118,41 @@ their hashes refer to. What credits are left is taken back (forfeited). Its plan
 what came in since. Reads all stored events and objects of Stripe.
 Errors: 400 invalid_request, 404 account_not_found, 409 account_in_use.';
 
+create or replace function credits.erase_member(
+  account_id    text,
+  member_id     text,
+  release_holds boolean default false
+)
+returns bigint
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_id   text := credits._check_key(erase_member.member_id, 'member_id', 200);
+  v_open bigint;
+begin
+  perform credits._lock_account(erase_member.account_id);
+  perform credits.release(r.account_id, r.reservation_id)
+     from credits.reservations r
+    where r.account_id = erase_member.account_id and r.member_id = v_id and r.status = 'open' and erase_member.release_holds;
+  select count(*) into v_open
+    from credits.reservations r
+   where r.account_id = erase_member.account_id and r.member_id = v_id and r.status = 'open';
+  if v_open > 0 then
+    perform credits._fail(409, 'account_in_use', jsonb_build_object('reservations', v_open),
+      'Settle or release what the member has reserved (or release_holds => true).');
+  end if;
+  return credits._erase_columns(erase_member.account_id, v_id);
+end $$;
+comment on function credits.erase_member(text, text, boolean) is
+'Erases one member of an account, and what tells of the person in what the member has used. Answers with how many rows did.
+
+Gone are the member with its seat and limit, and of its entries, reservations and usages the member_id, description, subject,
+metadata and arguments. Amounts, keys, hashes and all other members stay; get_usage counts the credits under no member. While the
+member has open reservations (unless release_holds) it is refused. Safe to repeat, also for a member_id that set_member never saw.
+Errors: 400 invalid_request, 404 account_not_found, 409 account_in_use.';
+
 create or replace function credits.repeat_erasures()
 returns bigint
 language plpgsql
@@ -208,18 +243,24 @@ as $$
   update credits.balances b set status = 'closed' where b.account_id = _close_account.account_id;
 $$;
 
--- Each table once, whatever the number of its columns. Their names are quoted where the rules are read, which plpgsql_check
--- cannot see.
-create or replace function credits._erase_columns(account_id text)
-returns void
+-- Each table once, whatever the number of its columns: all rows of the account, or those of one member. Names are quoted where
+-- the rules are read, which plpgsql_check cannot see. Reservations say whose a usage is, so usages come before them.
+drop function if exists credits._erase_columns(text);
+create or replace function credits._erase_columns(
+  account_id text,
+  member_id  text default null
+)
+returns bigint
 language plpgsql
 as $$
 -- @plpgsql_check_options: security_warnings = false
 declare
-  v_rule record;
+  v_rule   record;
+  v_rows   bigint;
+  v_erased bigint := 0;
 begin
   for v_rule in
-    select r.table_name, bool_or(r.treatment = 'remove') as removed,
+    select r.table_name, bool_or(r.treatment = 'remove') as removed, credits._rows_of_member(r.table_name) as of_member,
            string_agg(format(case r.treatment
              when 'null'  then '%1$I = null'
              when 'empty' then '%1$I = ''{}'''
@@ -228,13 +269,29 @@ begin
       from credits.erasure_rules r
      where r.treatment <> 'keep'
      group by r.table_name
-     order by r.table_name
+     order by r.table_name = 'reservations', r.table_name
   loop
-    if v_rule.removed then
-      execute format('delete from credits.%I t where t.account_id = $1', v_rule.table_name) using _erase_columns.account_id;
-    else
-      execute format('update credits.%I t set %s where t.account_id = $1', v_rule.table_name, v_rule.changes)
-        using _erase_columns.account_id;
-    end if;
+    continue when _erase_columns.member_id is not null and v_rule.of_member is null;
+    execute case when v_rule.removed then format('delete from credits.%I t', v_rule.table_name)
+                 else format('update credits.%I t set %s', v_rule.table_name, v_rule.changes) end
+            || ' where t.account_id = $1' || case when _erase_columns.member_id is null then '' else v_rule.of_member end
+      using _erase_columns.account_id, _erase_columns.member_id;
+    get diagnostics v_rows = row_count;
+    v_erased := v_erased + v_rows;
   end loop;
+  return v_erased;
 end $$;
+
+-- Which rows of a table are those of one member; null where none is.
+create or replace function credits._rows_of_member(table_name text)
+returns text
+language sql
+stable
+as $$
+  select case
+    when _rows_of_member.table_name = 'usages' then
+      ' and t.usage_id in (select r.reservation_id from credits.reservations r where r.account_id = $1 and r.member_id = $2)'
+    when exists (select from credits.erasure_rules r
+                  where r.table_name = _rows_of_member.table_name and r.column_name = 'member_id') then
+      ' and t.member_id = $2' end
+$$;

@@ -340,6 +340,9 @@ class Client:
     def erase_account(self, account_id: str | None, **more: Any) -> Any:
         return self.row("erase_account", account_id=account_id, **more)
 
+    def erase_member(self, account_id: str | None, member_id: str | None, **more: Any) -> Any:
+        return self.row("erase_member", account_id=account_id, member_id=member_id, **more)[0]
+
     def repeat_erasures(self) -> int:
         value: int = self.row("repeat_erasures")[0]
         return value

@@ -165,6 +165,45 @@ def test_a_plan_of_our_own_ends_and_debt_stays(ledger: Ledger) -> None:
     assert_sound(ledger)
 
 
+def test_one_member_is_gone_and_all_others_stay(ledger: Ledger) -> None:
+    who = PERSONAL
+    ledger.load_demo_catalog()
+    for account in ("alpha", "beta"):
+        ledger.open_account(account, kind="organization", plan="team")
+        for member in (who, "other"):
+            told = {"description": member, "subject": member, "member_id": member, "metadata": {"of": member}}
+            ledger.set_member(account, member, monthly_limit=500)
+            ledger.spend(account, 5, key=f"spent by {member == who}", **told)
+            ledger.reserve(account, 5, f"r {member == who}", **told)
+            ledger.capture(account, f"r {member == who}", 1, key=f"captured {member == who}")
+            ledger.settle(account, f"r {member == who}", 3, metadata={"of": member})
+            del told["description"]
+            ledger.authorize_usage(account, "chapter", 100, usage_id=f"u {member == who}", **told)
+            ledger.settle_usage(account, f"u {member == who}", 90)
+    books = ledger.table("entries", "account_id = 'alpha' order by entry_seq")
+    others = {
+        name: [row for row in rows if "beta" in row or who not in row] for name, rows in ledger.snapshot().items()
+    }
+    ledger.reserve("alpha", 2, "open", member_id=who)
+    with ledger.unchanged(), refused(409, "account_in_use", reservations=1):
+        ledger.erase_member("alpha", who)
+    assert ledger.erase_member("alpha", who, release_holds=True) == 9
+    after = ledger.snapshot()
+    assert [row for rows in after.values() for row in rows if who in row and "beta" not in row] == []
+    for name in ("entries", "reservations", "usages", "members"):
+        assert set(others[name]) <= set(after[name]), name
+    now = ledger.table("entries", "account_id = 'alpha' order by entry_seq")
+    assert [(row.amount, row.key, row.hash) for row in now] == [(row.amount, row.key, row.hash) for row in books]
+    assert [row.member_id for row in ledger.list_members("alpha")] == ["other"]
+    assert {row.name: row.credits for row in ledger.get_usage("alpha", group_by="member")}.keys() == {None, "other"}
+    assert_sound(ledger)
+    assert ledger.prove_balance("alpha").ok
+    with ledger.unchanged():
+        assert ledger.erase_member("alpha", who) == 0
+    with refused(409, "idempotency_conflict"):
+        ledger.spend("alpha", 5, key="spent by True", member_id=who)
+
+
 def test_two_at_once_and_spends_beside_them(database: Database) -> None:
     with database.connect(autocommit=True) as conn:
         setup = Ledger(conn, at=None)

@@ -295,7 +295,14 @@ def test_the_commands_of_an_operator(database: Database, capsys: pytest.CaptureF
     assert changed == (0, 'past_due_grace = "3 days"\n', "")
     assert pgcredits(database, capsys, "settings", "list")[1].count("\n    ") > 5
     assert pgcredits(database, capsys, "audit")[0] == 0
-    assert pgcredits(database, capsys, "erase", "alpha", "--yes")[1].startswith("Erased. 5 credits were forfeited;")
+    with committed(database) as ledger:
+        ledger.spend("alpha", 1, key="by m1", member_id="m1")
+    assert pgcredits(database, capsys, "erase-member", "alpha", "m1", "--yes") == (
+        0,
+        "Erased. 1 rows told of m1.\n",
+        "",
+    )
+    assert pgcredits(database, capsys, "erase", "alpha", "--yes")[1].startswith("Erased. 4 credits were forfeited;")
     with committed(database) as ledger:
         assert figures(ledger)[("audit_violations",)] == 0
 

@@ -13,6 +13,8 @@ from pgcredits.settings import Settings, SettingsError
 
 console = Console()
 Dsn = Annotated[str, typer.Option("--dsn", help="Database, as postgresql://… or key=value. Default: PGCREDITS_DSN.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+ReleaseHolds = Annotated[bool, typer.Option("--release-holds", help="Give back what reservations hold.")]
 
 
 @contextlib.contextmanager
