@@ -176,7 +176,8 @@ begin
   end loop;
 end $$;
 
--- What each line of a period is to get, and has. A trial is a period of its own, whatever is changed in it.
+-- What each line of a period is to get, and has. A trial is a period of its own, whatever is changed in it. The cap, being a
+-- subquery, is asked for once and not for each line.
 drop function if exists credits._line_shares(text, text, timestamptz);
 create or replace function credits._line_shares(
   account_id      text,
@@ -196,8 +197,8 @@ as $$
                     from credits.plan_grants n
                     join credits.grants g on g.account_id = n.account_id and g.grant_id = n.grant_id
                    where n.account_id = a.account_id and n.allowance_id = a.allowance_id and n.slice = 0) p,
-         (select credits._period_cap(_line_shares.account_id, _line_shares.subscription_id, _line_shares.slice_end,
-                                     _line_shares.kind) as cap) c
+         (select (select credits._period_cap(_line_shares.account_id, _line_shares.subscription_id, _line_shares.slice_end,
+                                             _line_shares.kind)) as cap) c
    where a.account_id = _line_shares.account_id and a.subscription_id = _line_shares.subscription_id
      and a.slice_end = _line_shares.slice_end and a.sign = 1 and a.kind = _line_shares.kind
   window earlier as (order by a.invoiced_at, a.allowance_id)
