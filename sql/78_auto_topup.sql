@@ -44,7 +44,7 @@ begin
                                   is distinct from (true, excluded.threshold, excluded.package, excluded.currency,
                                                     excluded.monthly_cap, excluded.daily_cap, excluded.cool_down)
                              then excluded.updated_at else r.updated_at end,
-        paused_reason = case when r.paused_card = v_card then r.paused_reason end,
+        paused_reason = credits._pause_left(r, v_card),
         paused_at     = case when r.paused_card = v_card then r.paused_at end,
         paused_card   = case when r.paused_card = v_card then r.paused_card end;
   perform credits._let_go(set_auto_topup.account_id);
