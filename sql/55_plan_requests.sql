@@ -31,9 +31,7 @@ begin
   if _request_plan.plan = v_sub.plan then
     perform credits._fail_in_progress(v_sub.subscription_id)
       where credits._open_request('change_plan', v_sub.subscription_id) is not null;
-    perform credits._request('release_plan', v_sub.subscription_id, 'post',
-                             '/v1/subscription_schedules/' || v_schedule || '/release', '{}', v_sub.account_id)
-      where v_schedule is not null;
+    perform credits._request_release(v_sub, v_schedule) where v_schedule is not null;
     update credits.subscriptions s
        set pending_plan = null, pending_at = null
      where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
@@ -120,17 +118,59 @@ as $$
     join credits.plans p on p.code = s.pending_plan
 $$;
 
+-- Stripe lets nobody announce the end of a subscription that a schedule manages, so that is let go first: requests about one
+-- subscription go one after the other. What was planned for after the end is not wanted any more.
 create or replace function credits._request_cancel(
   subscription credits.subscriptions,
   at           text
 )
 returns void
+language plpgsql
+as $$
+declare
+  v_sub      credits.subscriptions := _request_cancel.subscription;
+  v_schedule text := credits._schedule_of(v_sub.subscription_id);
+begin
+  perform credits._withdraw(v_sub.subscription_id, array['resume_plan', 'schedule_plan', 'schedule_phases']);
+  if _request_cancel.at = 'now' then
+    perform credits._request_change('cancel_plan', v_sub, 'delete', '{}');
+  else
+    perform credits._fail_in_progress(v_sub.subscription_id)
+      where v_schedule is null and credits._is_asked('schedule_plan', v_sub.subscription_id);
+    if v_schedule is not null and not credits._is_asked('release_plan', v_sub.subscription_id) then
+      perform credits._withdraw(v_sub.subscription_id, array['cancel_plan']);
+      perform credits._request_release(v_sub, v_schedule);
+    end if;
+    perform credits._request_change('cancel_plan', v_sub, 'post', '{"cancel_at_period_end": true}');
+  end if;
+  update credits.subscriptions s
+     set pending_plan = null, pending_at = null
+   where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id and s.pending_plan is not null;
+end $$;
+
+create or replace function credits._request_release(
+  subscription credits.subscriptions,
+  schedule_id  text
+)
+returns void
 language sql
 as $$
-  select credits._withdraw((_request_cancel.subscription).subscription_id, array['resume_plan']);
-  select credits._request_change('cancel_plan', _request_cancel.subscription,
-           case _request_cancel.at when 'now' then 'delete' else 'post' end,
-           case _request_cancel.at when 'now' then '{}' else '{"cancel_at_period_end": true}' end::jsonb)
+  select credits._request('release_plan', (_request_release.subscription).subscription_id, 'post',
+                          '/v1/subscription_schedules/' || _request_release.schedule_id || '/release', '{}',
+                          (_request_release.subscription).account_id)
+$$;
+
+-- Whether Stripe is being asked at this time.
+create or replace function credits._is_asked(
+  purpose text,
+  ref     text
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (select from credits.stripe_requests r
+                  where r.purpose = _is_asked.purpose and r.ref = _is_asked.ref and r.state in ('queued', 'sent'))
 $$;
 
 create or replace function credits._request_resume(subscription credits.subscriptions)
@@ -198,10 +238,29 @@ begin
      and (s.pending_plan, s.pending_at) is distinct from (n.plan, n.at);
 end $$;
 
+-- The schedule that manages a subscription. Its own snapshot may be ahead of the subscription's, to say that it is made or over.
 create or replace function credits._schedule_of(subscription_id text)
 returns text
 language sql
 stable
 as $$
-  select (credits._shape_subscription(credits._snapshot('subscription', _schedule_of.subscription_id))).schedule_id
+  select coalesce(
+    (select n.schedule_id
+       from credits._shape_subscription(b.snapshot) n
+      where coalesce(credits._is_live_schedule(credits._snapshot('subscription_schedule', n.schedule_id)), true)),
+    (select o.object_id
+       from credits.stripe_objects o
+      where o.kind = 'subscription_schedule' and o.ref = b.object_id and o.as_of > b.as_of and credits._is_live_schedule(o.snapshot)
+      order by o.as_of desc, o.object_id
+      limit 1))
+    from credits.stripe_objects b
+   where b.kind = 'subscription' and b.object_id = _schedule_of.subscription_id
+$$;
+
+create or replace function credits._is_live_schedule(snapshot jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select (credits._shape_schedule(_is_live_schedule.snapshot)).status in ('not_started', 'active')
 $$;

@@ -1,5 +1,6 @@
 """Plans of our own: months that come on time without any job, changes that grant what is due once, ends that keep."""
 
+import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -731,6 +732,61 @@ def test_what_stripe_is_being_asked_stands_and_another_word_is_refused(subscribe
             ledger.change(f"{requests} set state = 'done' where state = 'sent'")
             others[0]()
             assert len(wanted(ledger)) == 1
+
+
+def scheduled(status: str = "active", **more: Any) -> dict[str, Any]:
+    """A schedule of Alpha's subscription: another plan when the period ends."""
+    end = int((HALF + 28 * DAY).timestamp())
+    return {
+        "id": "sub_sched_1", "object": "subscription_schedule", "subscription": "sub_1", "status": status,
+        "current_phase": {"start_date": 1, "end_date": end},
+        "phases": [{"start_date": 1, "items": [{"price": "price_basic"}]},
+                   {"start_date": end, "items": [{"price": "price_pro"}]}],
+        **more,
+    }  # fmt: skip
+
+
+RELEASE = ("release_plan", "post", "/v1/subscription_schedules/sub_sched_1/release", {})
+CANCEL = ("cancel_plan", "post", SUBSCRIPTION, {"cancel_at_period_end": True})
+
+
+@pytest.mark.parametrize("told", ["by both", "by the schedule alone"])
+def test_a_schedule_is_let_go_before_the_end_is_announced(subscriber: Ledger, told: str) -> None:
+    """Stripe refuses the end of a subscription that a schedule manages: the buyer would go on paying."""
+    ledger = subscriber
+    ledger.now += SECOND
+    if told == "by both":
+        ledger.tell("customer.subscription.updated", subscription(schedule="sub_sched_1"))
+    ledger.tell("subscription_schedule.created", scheduled())
+    assert state(ledger).pending_plan == "pro"
+    for _ in range(2):
+        assert ledger.cancel_plan("alpha").pending_plan is None
+        assert wanted(ledger) == [RELEASE, CANCEL]
+    (release,) = ledger.table("stripe_requests", "purpose = 'release_plan'")
+    assert len(ledger.table("stripe_requests", "purpose <> 'retrieve'")) == 2, "to cancel again changes nothing"
+    ledger.now += SECOND
+    assert [row.path for row in ledger.claim_stripe_requests() if row.method == "post"] == [release.path]
+    ledger.complete_stripe_request(release.request_id, 200, json.dumps(scheduled("released", subscription=None)))
+    ledger.cancel_plan("alpha")
+    assert wanted(ledger) == [CANCEL], "the schedule is gone already"
+
+
+def test_what_is_planned_for_after_the_end_is_not_asked_for(subscriber: Ledger) -> None:
+    ledger = subscriber
+    for at, last in (("period_end", CANCEL), ("now", ("cancel_plan", "delete", SUBSCRIPTION, {}))):
+        with ledger.conn.transaction(force_rollback=True):
+            ledger.change_plan("alpha", "pro", at="period_end")
+            assert ledger.cancel_plan("alpha", at=at).pending_plan is None
+            assert wanted(ledger) == [last]
+    ledger.now += SECOND
+    ledger.change_plan("alpha", "pro", at="period_end")
+    ledger.claim_stripe_requests()
+    with ledger.unchanged(), refused(409, "plan_change_in_progress"):
+        ledger.cancel_plan("alpha")
+    (asked,) = ledger.table("stripe_requests", "purpose = 'schedule_plan'")
+    ledger.complete_stripe_request(asked.request_id, 200, json.dumps(scheduled()))
+    ledger.cancel_plan("alpha")
+    assert wanted(ledger) == [RELEASE, CANCEL]
 
 
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:
