@@ -36,7 +36,7 @@ begin
        set pending_plan = null, pending_at = null
      where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
   elsif _request_plan.at = 'now' then
-    perform credits._request_change('change_plan', v_sub, 'post',
+    perform credits._request_change('change_plan', v_sub, 'post', '/v1/subscriptions/' || v_sub.subscription_id,
       jsonb_build_object('items', jsonb_build_array(jsonb_build_object('id', v_item, 'price', v_price)),
                          'proration_behavior', 'always_invoice', 'payment_behavior', 'pending_if_incomplete'));
   else
@@ -45,8 +45,8 @@ begin
      where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id
     returning s.* into v_sub;
     if v_schedule is null then
-      perform credits._request('schedule_plan', v_sub.subscription_id, 'post', '/v1/subscription_schedules',
-        jsonb_build_object('from_subscription', v_sub.subscription_id), v_sub.account_id);
+      perform credits._request_change('schedule_plan', v_sub, 'post', '/v1/subscription_schedules',
+        jsonb_build_object('from_subscription', v_sub.subscription_id));
     else
       perform credits._request_phases(v_sub, v_schedule);
     end if;
@@ -68,24 +68,31 @@ as $$
 $$;
 
 -- What was sent stands, and what Stripe makes of it is not known: another word now would be answered with success and never said.
+-- Whoever brings back its answer holds its row and wants the account, so it is only looked at here.
+drop function if exists credits._request_change(text, credits.subscriptions, text, jsonb);
 create or replace function credits._request_change(
   purpose      text,
   subscription credits.subscriptions,
   method       text,
+  path         text,
   params       jsonb
 )
 returns void
 language plpgsql
 as $$
 declare
-  v_ref     text := (_request_change.subscription).subscription_id;
-  v_request bigint;
+  v_sub     credits.subscriptions := _request_change.subscription;
+  v_request bigint := credits._open_request(_request_change.purpose, v_sub.subscription_id);
 begin
-  v_request := credits._request(_request_change.purpose, v_ref, _request_change.method, '/v1/subscriptions/' || v_ref,
-                                _request_change.params, (_request_change.subscription).account_id);
-  perform credits._fail_in_progress(v_ref)
+  if v_request is null
+     or exists (select from credits.stripe_requests r where r.request_id = v_request and r.first_sent_at is null) then
+    v_request := credits._request(_request_change.purpose, v_sub.subscription_id, _request_change.method, _request_change.path,
+                                  _request_change.params, v_sub.account_id);
+  end if;
+  perform credits._fail_in_progress(v_sub.subscription_id)
      from credits.stripe_requests r
-    where r.request_id = v_request and (r.method, r.params) <> (_request_change.method, _request_change.params);
+    where r.request_id = v_request
+      and (r.method, r.path, r.params) <> (_request_change.method, _request_change.path, _request_change.params);
 end $$;
 
 create or replace function credits._fail_in_progress(subscription_id text)
@@ -106,14 +113,14 @@ create or replace function credits._request_phases(
 returns void
 language sql
 as $$
-  select credits._request('schedule_phases', s.subscription_id, 'post', '/v1/subscription_schedules/' || _request_phases.schedule_id,
+  select credits._request_change('schedule_phases', _request_phases.subscription, 'post',
+           '/v1/subscription_schedules/' || _request_phases.schedule_id,
            jsonb_build_object('end_behavior', 'release', 'phases', jsonb_build_array(
              jsonb_build_object('start_date', extract(epoch from s.period_start)::bigint,
                                 'end_date', extract(epoch from s.period_end)::bigint,
                                 'items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('price', s.price_id, 'quantity', s.quantity)))),
              jsonb_build_object('items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-               'price', credits._price_of_plan(p.code), 'quantity', s.quantity)))))),
-           s.account_id)
+               'price', credits._price_of_plan(p.code), 'quantity', s.quantity)))))))
     from (select (_request_phases.subscription).*) s
     join credits.plans p on p.code = s.pending_plan
 $$;
@@ -133,7 +140,7 @@ declare
 begin
   perform credits._withdraw(v_sub.subscription_id, array['resume_plan', 'schedule_plan', 'schedule_phases']);
   if _request_cancel.at = 'now' then
-    perform credits._request_change('cancel_plan', v_sub, 'delete', '{}');
+    perform credits._request_change('cancel_plan', v_sub, 'delete', '/v1/subscriptions/' || v_sub.subscription_id, '{}');
   else
     perform credits._fail_in_progress(v_sub.subscription_id)
       where v_schedule is null and credits._is_asked('schedule_plan', v_sub.subscription_id);
@@ -141,7 +148,8 @@ begin
       perform credits._withdraw(v_sub.subscription_id, array['cancel_plan']);
       perform credits._request_release(v_sub, v_schedule);
     end if;
-    perform credits._request_change('cancel_plan', v_sub, 'post', '{"cancel_at_period_end": true}');
+    perform credits._request_change('cancel_plan', v_sub, 'post', '/v1/subscriptions/' || v_sub.subscription_id,
+                                    '{"cancel_at_period_end": true}');
   end if;
   update credits.subscriptions s
      set pending_plan = null, pending_at = null
@@ -155,9 +163,8 @@ create or replace function credits._request_release(
 returns void
 language sql
 as $$
-  select credits._request('release_plan', (_request_release.subscription).subscription_id, 'post',
-                          '/v1/subscription_schedules/' || _request_release.schedule_id || '/release', '{}',
-                          (_request_release.subscription).account_id)
+  select credits._request_change('release_plan', _request_release.subscription, 'post',
+                                 '/v1/subscription_schedules/' || _request_release.schedule_id || '/release', '{}')
 $$;
 
 -- Whether Stripe is being asked at this time.
@@ -178,7 +185,9 @@ returns void
 language sql
 as $$
   select credits._withdraw((_request_resume.subscription).subscription_id, array['cancel_plan']);
-  select credits._request_change('resume_plan', _request_resume.subscription, 'post', '{"cancel_at_period_end": false}')
+  select credits._request_change('resume_plan', s, 'post', '/v1/subscriptions/' || s.subscription_id,
+                                 '{"cancel_at_period_end": false}')
+    from (select (_request_resume.subscription).*) s
 $$;
 
 -- Schedules ---------------------------------------------------------------------------------------------------------
@@ -198,7 +207,8 @@ begin
    where f.kind = 'subscription' and f.ref = v_schedule.subscription_id;
   if found then
     perform credits._lock_account(v_sub.account_id);
-    if (_on_schedule.notice).retrieved and v_sub.pending_plan is not null and v_schedule.next_at is null then
+    if (_on_schedule.notice).retrieved and v_sub.pending_plan is not null and v_schedule.next_at is null
+       and not credits._is_asked('schedule_phases', v_sub.subscription_id) then
       perform credits._request_phases(v_sub, v_schedule.schedule_id);
     end if;
     perform credits._refresh_pending(v_sub.account_id, v_sub.subscription_id);

@@ -789,6 +789,46 @@ def test_what_is_planned_for_after_the_end_is_not_asked_for(subscriber: Ledger) 
     assert wanted(ledger) == [RELEASE, CANCEL]
 
 
+def test_a_plan_for_the_end_of_the_period_that_stripe_is_being_told_stands(subscriber: Ledger) -> None:
+    ledger = subscriber
+    ledger.change("update credits.plans set stripe_price_ids = '{price_max}' where code = 'max'")
+    ledger.now += SECOND
+    ledger.tell("subscription_schedule.created", scheduled())
+    ledger.change_plan("alpha", "pro", at="period_end")
+    ledger.claim_stripe_requests()
+    with ledger.unchanged(), refused(409, "plan_change_in_progress"):
+        ledger.change_plan("alpha", "max", at="period_end")
+    with ledger.unchanged("stripe_requests", "subscription_cache"):
+        ledger.change_plan("alpha", "pro", at="period_end")
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (lambda ledger: ledger.change_plan("alpha", "pro"), lambda ledger: ledger.change_plan("alpha", "pro")),
+        (lambda ledger: ledger.change_plan("alpha", "pro", at="period_end"), lambda ledger: ledger.cancel_plan("alpha")),
+        (lambda ledger: ledger.cancel_plan("alpha"), lambda ledger: ledger.cancel_plan("alpha", at="now")),
+        (lambda ledger: ledger.resume_plan("alpha"), lambda ledger: ledger.resume_plan("alpha")),
+    ],
+    ids=["change", "schedule", "cancel", "resume"],
+)
+def test_a_word_while_the_answer_to_another_is_brought_back_waits_for_nobody(
+    database: Database, first: Callable[[Ledger], Any], again: Callable[[Ledger], Any]
+) -> None:
+    """The worker holds the request and wants the account, the caller the account: they must not wait for each other."""
+    with committed(database) as ledger, database.connect("credits_owner") as worker:
+        prepare(ledger)
+        ledger.open("alpha")
+        ledger.tell("customer.subscription.created", subscription())
+        first(ledger)
+        (request,) = ledger.table("stripe_requests", "purpose <> 'retrieve'")
+        ledger.claim_stripe_requests()
+        worker.execute("select from credits.stripe_requests where request_id = %s for update", [request.request_id])
+        ledger.conn.execute("set lock_timeout = '5s'")
+        with suppress(CreditsError):  # 409 plan_change_in_progress
+            again(ledger)
+
+
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:
     for at in ("now", "period_end"):
         with subscriber.unchanged(), refused(404, "price_not_found", plan="max"):
