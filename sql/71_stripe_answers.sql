@@ -163,8 +163,22 @@ begin
       else                                                                 'stripe_request_failed' end)
     where v_state in ('failed', 'unknown');
   perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
+  perform credits._look_at_named(v_request) where v_state = 'failed';
   return v_request;
 end $$;
+
+-- A customer or card that Stripe will not take any more, since it was deleted or detached while no event came through, is looked
+-- at: else all that names it would be refused for ever.
+create or replace function credits._look_at_named(request credits.stripe_requests)
+returns void
+language sql
+as $$
+  select credits._request_object(p.name, r.params ->> p.name)
+    from (select (_look_at_named.request).*) r,
+         lateral (select credits._error_of(r.response, 'param')) p (name)
+   where p.name in ('customer', 'payment_method')
+     and credits._open_request('retrieve', p.name || ':' || (r.params ->> p.name)) is null
+$$;
 
 -- A post is given up only when Stripe has done it and we cannot make use of it: what it did stays unknown, and in the way of
 -- another one, until somebody has looked.

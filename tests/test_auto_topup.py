@@ -569,6 +569,22 @@ def test_what_stripe_does_not_take_pauses_until_somebody_has_looked(ledger: Ledg
     assert (rule(ledger).state, len(requests(ledger))) == ("active", 2)
 
 
+def test_a_card_that_was_detached_unheard_is_found_out(ledger: Ledger) -> None:
+    started(ledger)
+    refusal = {"type": "invalid_request_error", "code": "resource_missing", "param": "payment_method"}
+    answer(ledger, {"error": refusal}, 400)
+    assert how(ledger) == ("paused", "request_failed", None)
+    ledger.now += MINUTE
+    (look,) = ledger.claim_stripe_requests()
+    assert look.path == "/v1/payment_methods/pm_1"
+    card = {"id": "pm_1", "object": "payment_method", "customer": None}
+    ledger.complete_stripe_request(look.request_id, 200, json.dumps(card))
+    ledger.now += MINUTE
+    ledger.tell("customer.updated", customer(name="Alpha"))
+    with refused(409, "card_missing"):
+        rule(ledger)
+
+
 def test_a_payment_that_waits_for_its_buyer_is_let_go_of_when_the_card_changes(ledger: Ledger) -> None:
     started(ledger)
     assert answer(ledger, intent(ledger, "requires_action")) == "done"
