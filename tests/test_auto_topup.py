@@ -602,6 +602,36 @@ def test_a_payment_that_waits_for_its_buyer_is_let_go_of_when_the_card_changes(l
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("status", ["processing", "requires_action"])
+def test_a_payment_on_its_way_whose_event_is_lost_is_asked_about(ledger: Ledger, status: str) -> None:
+    started(ledger)
+    ledger.claim_stripe_requests()
+    answer(ledger, intent(ledger, status))
+    for _ in range(2):
+        ledger.now += DAY - MINUTE
+        ledger.run_auto_topups()
+        assert ledger.claim_stripe_requests() == [], "there was news within a day"
+        ledger.now += MINUTE
+        for _ in range(2):
+            ledger.run_auto_topups()
+        (look,) = ledger.claim_stripe_requests()
+        assert (look.method, look.path) == ("get", f"/v1/payment_intents/{intent(ledger)['id']}")
+        ledger.complete_stripe_request(look.request_id, 200, json.dumps(intent(ledger, status)))
+    for missed in (True, False):
+        ledger.now += DAY
+        ledger.run_auto_topups()
+        (look,) = ledger.claim_stripe_requests()
+        said = {"error": {"code": "resource_missing"}} if missed else intent(ledger)
+        ledger.complete_stripe_request(look.request_id, 404 if missed else 200, json.dumps(said))
+        ledger.run_auto_topups()
+        assert ledger.claim_stripe_requests() == []
+    assert (ledger.available(), purchases(ledger)) == (1050, ["completed"])
+    ledger.now += 2 * DAY
+    ledger.run_auto_topups()
+    assert ledger.claim_stripe_requests() == []
+    assert_sound(ledger)
+
+
 def test_an_outcome_that_is_not_known_keeps_the_attempt_open(ledger: Ledger) -> None:
     number = started(ledger).request_id
     ledger.claim_stripe_requests()
