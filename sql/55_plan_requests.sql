@@ -12,7 +12,7 @@ language plpgsql
 as $$
 declare
   v_sub      credits.subscriptions := _request_plan.subscription;
-  v_price    text := credits._price_of_plan(_request_plan.plan);
+  v_price    text := credits._price_of_plan(_request_plan.plan, v_sub.price_id);
   v_item     text := (select i.item_id
                         from credits.subscription_items i
                        where i.account_id = v_sub.account_id and i.subscription_id = v_sub.subscription_id
@@ -120,7 +120,7 @@ as $$
                                 'end_date', extract(epoch from s.period_end)::bigint,
                                 'items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('price', s.price_id, 'quantity', s.quantity)))),
              jsonb_build_object('items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-               'price', credits._price_of_plan(p.code), 'quantity', s.quantity)))))))
+               'price', credits._price_of_plan(p.code, s.price_id), 'quantity', s.quantity)))))))
     from (select (_request_phases.subscription).*) s
     join credits.plans p on p.code = s.pending_plan
 $$;

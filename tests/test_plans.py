@@ -806,7 +806,10 @@ def test_a_plan_for_the_end_of_the_period_that_stripe_is_being_told_stands(subsc
     ("first", "again"),
     [
         (lambda ledger: ledger.change_plan("alpha", "pro"), lambda ledger: ledger.change_plan("alpha", "pro")),
-        (lambda ledger: ledger.change_plan("alpha", "pro", at="period_end"), lambda ledger: ledger.cancel_plan("alpha")),
+        (
+            lambda ledger: ledger.change_plan("alpha", "pro", at="period_end"),
+            lambda ledger: ledger.cancel_plan("alpha"),
+        ),
         (lambda ledger: ledger.cancel_plan("alpha"), lambda ledger: ledger.cancel_plan("alpha", at="now")),
         (lambda ledger: ledger.resume_plan("alpha"), lambda ledger: ledger.resume_plan("alpha")),
     ],
@@ -827,6 +830,39 @@ def test_a_word_while_the_answer_to_another_is_brought_back_waits_for_nobody(
         ledger.conn.execute("set lock_timeout = '5s'")
         with suppress(CreditsError):  # 409 plan_change_in_progress
             again(ledger)
+
+
+@pytest.mark.parametrize("listed", ["prices", "ids"])
+def test_who_changes_stays_with_the_currency_and_interval_that_is_paid(subscriber: Ledger, listed: str) -> None:
+    """Stripe takes no other currency of a subscription, and nobody has asked for another interval."""
+    ledger = subscriber
+    sold = [("usd", "month"), ("usd", "year"), ("eur", "month"), ("eur", "year")]
+    for rank, (currency, every) in enumerate(sold):
+        name = f"price_{currency}_{every}"
+        shown = {"id": name, "currency": currency, "unit_amount": 100, "active": True, "recurring": {"interval": every}}
+        ledger.tell("price.created", {"object": "price", **shown})
+        if listed == "prices":
+            ledger.change(
+                "insert into credits.plan_prices values ('pro', %s, %s, 100, %s, %s)", currency, every, rank, name
+            )
+        else:
+            ledger.change(
+                "update credits.plans set stripe_price_ids = stripe_price_ids || %s::text where code = 'pro'", name
+            )
+    others = {"prices": ("price_usd_month", "price_usd_month"), "ids": ("price_usd_year", "price_eur_year")}[listed]
+    pays = [*sold, ("usd", "week"), ("gbp", "month")]
+    chosen = []
+    for currency, every in pays:
+        ledger.now += SECOND
+        with ledger.conn.transaction(force_rollback=True):
+            now = {"id": "price_basic", "currency": currency, "unit_amount": 5, "recurring": {"interval": every}}
+            ledger.tell("price.updated", {"object": "price", **now})
+            ledger.change_plan("alpha", "pro")
+            (asked,) = ledger.table("stripe_requests", "purpose = 'change_plan'")
+            chosen.append(asked.params["items"][0]["price"])
+    assert dict(zip(pays, chosen, strict=True)) == dict(
+        zip(pays, [*(f"price_{currency}_{every}" for currency, every in sold), *others], strict=True)
+    )
 
 
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:
