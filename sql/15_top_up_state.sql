@@ -12,7 +12,7 @@ as $$
 $$;
 
 -- The card that is charged without the buyer: the default one, else the last one that was attached, which is where Checkout
--- leaves it.
+-- leaves it. News of an older one, as when its bank renews it, do not make it that.
 create or replace function credits._card_of(customer_id text)
 returns text
 language sql
@@ -24,7 +24,7 @@ as $$
        from credits.stripe_objects o
       where o.kind = 'payment_method' and o.ref = _card_of.customer_id
         and (credits._shape_owner(o.snapshot)).customer_id = _card_of.customer_id
-      order by o.as_of desc, o.object_id
+      order by coalesce(credits._made_at(o.snapshot), o.as_of) desc, o.object_id
       limit 1))
 $$;
 

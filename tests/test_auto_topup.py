@@ -460,6 +460,27 @@ def test_a_hard_decline_pauses_until_the_card_changes(
     assert (how(ledger), len(requests(ledger))) == (("active", None, "queued"), 2)
 
 
+def test_news_of_an_older_card_do_not_make_it_the_one_that_is_charged(ledger: Ledger) -> None:
+    change_card(ledger, None)
+    for name in ("pm_old", "pm_new"):
+        ledger.now += DAY
+        made = int(ledger.now.timestamp())
+        card = {"id": name, "object": "payment_method", "customer": "cus_1", "created": made}
+        ledger.tell("payment_method.attached", card)
+        if name == "pm_old":
+            old = card
+    started(ledger)
+    decline(ledger, advice_code="do_not_try_again")
+    ledger.now += DAY
+    ledger.tell("payment_method.automatically_updated", {**old, "card": {"exp_year": 2040}})
+    assert (ledger.get_auto_topup("alpha").payment_method, len(requests(ledger))) == ("pm_new", 1)
+    assert how(ledger) == ("paused", "do_not_try_again", None)
+    ledger.now += SECOND
+    ledger.tell("payment_method.detached", {**card, "customer": None})
+    change_card(ledger, None, name="Alpha")
+    assert (how(ledger), request(ledger).params["payment_method"]) == (("active", None, "queued"), "pm_old")
+
+
 def test_a_card_that_changed_while_the_old_one_was_declined_is_tried(ledger: Ledger) -> None:
     started(ledger)
     change_card(ledger)

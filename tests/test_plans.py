@@ -746,7 +746,7 @@ def scheduled(status: str = "active", **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-RELEASE = ("release_plan", "post", "/v1/subscription_schedules/sub_sched_1/release", {})
+RELEASE: tuple[Any, ...] = ("release_plan", "post", "/v1/subscription_schedules/sub_sched_1/release", {})
 CANCEL = ("cancel_plan", "post", SUBSCRIPTION, {"cancel_at_period_end": True})
 
 
