@@ -466,6 +466,19 @@ def test_the_portal_is_asked_for_and_open_for_five_minutes(ledger: Ledger) -> No
     assert (portal(ledger).state, portal(ledger).url) == ("expired", None)
 
 
+def test_a_portal_session_that_is_asked_for_again_is_that_of_its_key(ledger: Ledger) -> None:
+    bind(ledger)
+    visit = partial(ledger.create_portal_session, "alpha", "http://localhost/account", key="visit")
+    number = visit().request_id
+    ledger.complete_stripe_request(number, 400, json.dumps({"error": {"message": "No configuration provided"}}))
+    assert visit().state == "failed"
+    number = ledger.retry_stripe_request(number).request_id
+    assert (visit().state, visit().request_id) == ("queued", number)
+    shown = {"id": "bps_1", "object": "billing_portal.session", "url": "https://billing.stripe.com/p/1"}
+    ledger.complete_stripe_request(number, 200, json.dumps(shown))
+    assert (visit().state, visit().url) == ("done", shown["url"])
+
+
 def test_the_portal_needs_a_customer_and_an_allowed_address(ledger: Ledger) -> None:
     with refused(404, "customer_not_found", account_id="alpha"):
         portal(ledger)

@@ -771,6 +771,19 @@ def test_a_schedule_is_let_go_before_the_end_is_announced(subscriber: Ledger, to
     assert wanted(ledger) == [CANCEL], "the schedule is gone already"
 
 
+def test_what_was_withdrawn_is_no_refusal_of_stripe_and_not_made_again(subscriber: Ledger) -> None:
+    ledger = subscriber
+    ledger.cancel_plan("alpha")
+    ledger.resume_plan("alpha")
+    (cancel,) = ledger.table("stripe_requests", "purpose = 'cancel_plan'")
+    assert (cancel.state, cancel.error_type) == ("failed", "withdrawn")
+    (health,) = [row for row in ledger.health() if row.name == "requests_succeed"]
+    assert (health.status, health.value) == ("ok", 0)
+    assert [row.purpose for row in ledger.query("select * from credits.report_stripe_requests")] == ["resume_plan"]
+    with ledger.unchanged(), refused(409, "request_not_failed"):
+        ledger.retry_stripe_request(cancel.request_id)
+
+
 def test_what_is_planned_for_after_the_end_is_not_asked_for(subscriber: Ledger) -> None:
     ledger = subscriber
     for at, last in (("period_end", CANCEL), ("now", ("cancel_plan", "delete", SUBSCRIPTION, {}))):
