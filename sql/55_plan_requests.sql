@@ -208,7 +208,7 @@ begin
   if found then
     perform credits._lock_account(v_sub.account_id);
     if (_on_schedule.notice).retrieved and v_sub.pending_plan is not null and v_schedule.next_at is null
-       and not credits._is_asked('schedule_phases', v_sub.subscription_id) then
+       and credits._open_request('schedule_phases', v_sub.subscription_id) is null then
       perform credits._request_phases(v_sub, v_schedule.schedule_id);
     end if;
     perform credits._refresh_pending(v_sub.account_id, v_sub.subscription_id);
