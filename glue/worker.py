@@ -110,7 +110,7 @@ async def send(client: stripe.StripeClient, row: Row) -> Outcome:
             answer = await client.raw_request_async(row["method"], row["path"], **parameters, **pinned)
     except stripe.StripeError as error:
         return _outcome(error.http_status, error.http_body, error.headers)
-    except (TimeoutError, UnicodeError):
+    except (TimeoutError, UnicodeError, AttributeError):  # the last: an error in other words than Stripe's
         return Outcome()
     except (ValueError, TypeError) as error:
         return Outcome(not_sent=f"{type(error).__name__}: {error}")

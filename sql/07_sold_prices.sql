@@ -1,17 +1,32 @@
 -- Which price of Stripe sells what, now and ever. Whoever writes here locks the table plans first.
 
--- The price that a plan is sold at, if no other is asked for.
-create or replace function credits._price_of_plan(plan text)
+-- The price that a plan is sold at, if no other is asked for. Who pays at another price already stays with its currency, since Stripe
+-- takes no other one of a subscription, and with its interval, where the plan is sold so.
+drop function if exists credits._price_of_plan(text);
+create or replace function credits._price_of_plan(
+  plan text,
+  paid text default null
+)
 returns text
 language sql
 stable
 as $$
-  select coalesce((select c.stripe_price_id
-                     from credits.plan_prices c
-                    where c.plan = p.code and c.stripe_price_id is not null
-                    order by c.rank limit 1), p.stripe_price_ids[cardinality(p.stripe_price_ids)])
+  select n.price_id
     from credits.plans p
+    cross join lateral (select credits._shown_price(credits._snapshot('price', _price_of_plan.paid)) as shown) o
+    cross join lateral (
+      select c.stripe_price_id, c.currency, c."interval", 1, c.rank
+        from credits.plan_prices c
+       where c.plan = p.code and c.stripe_price_id is not null
+      union all
+      select i.id, w.shown ->> 'currency', w.shown ->> 'every', 2, -i.place
+        from unnest(p.stripe_price_ids) with ordinality i (id, place)
+        cross join lateral (select credits._shown_price(credits._snapshot('price', i.id))) w (shown)
+       where i.place = cardinality(p.stripe_price_ids) or w.shown -> 'active' = 'true') n (price_id, currency, every, kind, place)
    where p.code = _price_of_plan.plan
+   order by coalesce((n.currency, n.every) = (o.shown ->> 'currency', o.shown ->> 'every'), false) desc,
+            coalesce(n.currency = o.shown ->> 'currency', false) desc, n.kind, n.place
+   limit 1
 $$;
 
 create or replace function credits._stored_prices(plan text)

@@ -12,7 +12,7 @@ as $$
 $$;
 
 -- The card that is charged without the buyer: the default one, else the last one that was attached, which is where Checkout
--- leaves it.
+-- leaves it. News of an older one, as when its bank renews it, do not make it that.
 create or replace function credits._card_of(customer_id text)
 returns text
 language sql
@@ -24,7 +24,7 @@ as $$
        from credits.stripe_objects o
       where o.kind = 'payment_method' and o.ref = _card_of.customer_id
         and (credits._shape_owner(o.snapshot)).customer_id = _card_of.customer_id
-      order by o.as_of desc, o.object_id
+      order by coalesce(credits._made_at(o.snapshot), o.as_of) desc, o.object_id
       limit 1))
 $$;
 
@@ -41,10 +41,12 @@ as $$
     from credits.top_ups t
     join credits.auto_topups r on r.account_id = t.account_id
     join credits.purchases p on p.account_id = t.account_id and p.purchase_id = t.purchase_id and p.currency = r.currency
-   where t.account_id = _topped_up.account_id and t.state <> 'failed' and t.created_at > credits.now() - _topped_up.within
+   where t.account_id = _topped_up.account_id and t.state <> 'failed'
+     and t.created_at > credits.now() - credits._exact(_topped_up.within)
 $$;
 
--- Until when nothing is tried: the cool-down after the last attempt, and the rest of a card that was declined.
+-- Until when nothing is tried: the cool-down after the last attempt, and the rest of a card that was asked in vain, whatever other
+-- cards were asked since. An attempt that was no payment at Stripe asked no card.
 create or replace function credits._wait_for_card(
   rule           credits.auto_topups,
   payment_method text
@@ -53,14 +55,14 @@ returns timestamptz
 language sql
 stable
 as $$
-  select max(greatest(t.created_at + (_wait_for_card.rule).cool_down,
-                      case when t.state = 'failed' and t.payment_method = _wait_for_card.payment_method
-                           then t.finished_at + (credits._setting('top_up_decline_wait') #>> '{}')::interval end))
-    from (select l.*
-            from credits.top_ups l
-           where l.account_id = (_wait_for_card.rule).account_id
-           order by l.created_at desc
-           limit 1) t
+  select greatest(
+    (select max(t.created_at) from credits.top_ups t where t.account_id = r.account_id) + credits._exact(r.cool_down),
+    (select max(t.finished_at)
+       from credits.top_ups t
+      where t.account_id = r.account_id and t.payment_method = _wait_for_card.payment_method and t.state = 'failed'
+        and (t.declined or t.payment_intent_id is not null))
+    + credits._exact((credits._setting('top_up_decline_wait') #>> '{}')::interval))
+    from (select (_wait_for_card.rule).*) r
 $$;
 
 -- The hot path looks at one column: there is nothing to look for while a rule is off, paused or at work.
@@ -100,8 +102,8 @@ as $$
    where r.account_id = _look_at_top_up.account_id and r.check_at is null
 $$;
 
--- A card that is declined says nothing of money that went back: that pause stays. What a card said counts for a rule that is
--- off, too: else to remove and set it again would ask the card again.
+-- A card that is declined says nothing of money that went back: that pause stays, and the card is kept under it. What a card said
+-- counts for a rule that is off, too: else to remove and set it again would ask the card again.
 create or replace function credits._pause_top_up(
   account_id text,
   reason     text,
@@ -114,13 +116,19 @@ declare
   v_now timestamptz := credits.now();
 begin
   update credits.auto_topups r
-     set paused_reason = _pause_top_up.reason, paused_card = _pause_top_up.card, paused_at = v_now, check_at = null
+     set paused_reason = _pause_top_up.reason, paused_card = coalesce(_pause_top_up.card, r.paused_card), paused_at = v_now,
+         check_at = null
    where r.account_id = _pause_top_up.account_id
-     and case when _pause_top_up.card is null then r.enabled else r.paused_reason is null or r.paused_card is not null end;
+     and case when _pause_top_up.card is null then r.enabled
+              else r.paused_reason is null or credits._came_of_card(r.paused_reason) end;
   if found then
     perform credits._notify(_pause_top_up.account_id, 'top_up_paused',
       concat_ws(':', _pause_top_up.account_id, _pause_top_up.reason, extract(epoch from v_now)),
       jsonb_build_object('reason', _pause_top_up.reason, 'payment_method', _pause_top_up.card));
+  else
+    update credits.auto_topups r
+       set paused_card = _pause_top_up.card
+     where r.account_id = _pause_top_up.account_id and r.paused_reason is not null and _pause_top_up.card is not null;
   end if;
   perform credits._withdraw_top_up(_pause_top_up.account_id);
   perform credits._arm_top_up(_pause_top_up.account_id);

@@ -173,7 +173,7 @@ as $$
        coalesce((select greatest(max(o.late), 0) from open o), 0)),
       ('pgcredits_stripe_requests_failed', 'Requests that Stripe refused in the last day.',
        (select count(*) from credits.stripe_requests r
-         where r.state in ('failed', 'unknown') and r.state = 'failed'
+         where r.state in ('failed', 'unknown') and r.state = 'failed' and r.error_type is distinct from 'withdrawn'
            and r.finished_at > _request_metrics.at - interval '1 day')),
       ('pgcredits_stripe_requests_unknown', 'Requests of which nobody knows whether Stripe did them.',
        (select count(*) from credits.stripe_requests r where r.state in ('failed', 'unknown') and r.state = 'unknown')),

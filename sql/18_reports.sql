@@ -31,7 +31,7 @@ create or replace view credits.report_stripe_requests as
 select r.request_id, r.purpose, r.ref, r.account_id, r.state, r.attempts, r.http_status, r.error_type, r.error_code,
        r.decline_code, r.created_at, r.run_at, r.finished_at
   from credits.stripe_requests r
- where r.state in ('queued', 'sent', 'failed', 'unknown');
+ where r.state in ('queued', 'sent', 'failed', 'unknown') and r.error_type is distinct from 'withdrawn';
 comment on view credits.report_stripe_requests is
   'Every day: requests to Stripe that are not answered, failed, or of which nobody knows. See retry_stripe_request().';
 

@@ -77,7 +77,8 @@ comment on function credits.cancel_plan(text, text) is
 'Cancels the plan of an account, at period_end or now.
 
 Credits stay: paid ones for good, those of the plan until they expire with the period. Canceling again changes nothing, also
-when the plan is over. The subscription of a Stripe customer is canceled at Stripe: the request waits in stripe_requests.
+when the plan is over. The subscription of a Stripe customer is canceled at Stripe: the request waits in stripe_requests, behind
+one that lets go of its schedule, if it has one. A plan that was to come at the period''s end is not pending any more.
 Errors: 400 invalid_request, 404 account_not_found, subscription_not_found, 409 plan_change_in_progress.';
 
 create or replace function credits.resume_plan(account_id text)

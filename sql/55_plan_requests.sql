@@ -12,7 +12,7 @@ language plpgsql
 as $$
 declare
   v_sub      credits.subscriptions := _request_plan.subscription;
-  v_price    text := credits._price_of_plan(_request_plan.plan);
+  v_price    text := credits._price_of_plan(_request_plan.plan, v_sub.price_id);
   v_item     text := (select i.item_id
                         from credits.subscription_items i
                        where i.account_id = v_sub.account_id and i.subscription_id = v_sub.subscription_id
@@ -31,14 +31,12 @@ begin
   if _request_plan.plan = v_sub.plan then
     perform credits._fail_in_progress(v_sub.subscription_id)
       where credits._open_request('change_plan', v_sub.subscription_id) is not null;
-    perform credits._request('release_plan', v_sub.subscription_id, 'post',
-                             '/v1/subscription_schedules/' || v_schedule || '/release', '{}', v_sub.account_id)
-      where v_schedule is not null;
+    perform credits._request_release(v_sub, v_schedule) where v_schedule is not null;
     update credits.subscriptions s
        set pending_plan = null, pending_at = null
      where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
   elsif _request_plan.at = 'now' then
-    perform credits._request_change('change_plan', v_sub, 'post',
+    perform credits._request_change('change_plan', v_sub, 'post', '/v1/subscriptions/' || v_sub.subscription_id,
       jsonb_build_object('items', jsonb_build_array(jsonb_build_object('id', v_item, 'price', v_price)),
                          'proration_behavior', 'always_invoice', 'payment_behavior', 'pending_if_incomplete'));
   else
@@ -47,8 +45,8 @@ begin
      where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id
     returning s.* into v_sub;
     if v_schedule is null then
-      perform credits._request('schedule_plan', v_sub.subscription_id, 'post', '/v1/subscription_schedules',
-        jsonb_build_object('from_subscription', v_sub.subscription_id), v_sub.account_id);
+      perform credits._request_change('schedule_plan', v_sub, 'post', '/v1/subscription_schedules',
+        jsonb_build_object('from_subscription', v_sub.subscription_id));
     else
       perform credits._request_phases(v_sub, v_schedule);
     end if;
@@ -70,24 +68,31 @@ as $$
 $$;
 
 -- What was sent stands, and what Stripe makes of it is not known: another word now would be answered with success and never said.
+-- Whoever brings back its answer holds its row and wants the account, so it is only looked at here.
+drop function if exists credits._request_change(text, credits.subscriptions, text, jsonb);
 create or replace function credits._request_change(
   purpose      text,
   subscription credits.subscriptions,
   method       text,
+  path         text,
   params       jsonb
 )
 returns void
 language plpgsql
 as $$
 declare
-  v_ref     text := (_request_change.subscription).subscription_id;
-  v_request bigint;
+  v_sub     credits.subscriptions := _request_change.subscription;
+  v_request bigint := credits._open_request(_request_change.purpose, v_sub.subscription_id);
 begin
-  v_request := credits._request(_request_change.purpose, v_ref, _request_change.method, '/v1/subscriptions/' || v_ref,
-                                _request_change.params, (_request_change.subscription).account_id);
-  perform credits._fail_in_progress(v_ref)
+  if v_request is null
+     or exists (select from credits.stripe_requests r where r.request_id = v_request and r.first_sent_at is null) then
+    v_request := credits._request(_request_change.purpose, v_sub.subscription_id, _request_change.method, _request_change.path,
+                                  _request_change.params, v_sub.account_id);
+  end if;
+  perform credits._fail_in_progress(v_sub.subscription_id)
      from credits.stripe_requests r
-    where r.request_id = v_request and (r.method, r.params) <> (_request_change.method, _request_change.params);
+    where r.request_id = v_request
+      and (r.method, r.path, r.params) <> (_request_change.method, _request_change.path, _request_change.params);
 end $$;
 
 create or replace function credits._fail_in_progress(subscription_id text)
@@ -108,29 +113,71 @@ create or replace function credits._request_phases(
 returns void
 language sql
 as $$
-  select credits._request('schedule_phases', s.subscription_id, 'post', '/v1/subscription_schedules/' || _request_phases.schedule_id,
+  select credits._request_change('schedule_phases', _request_phases.subscription, 'post',
+           '/v1/subscription_schedules/' || _request_phases.schedule_id,
            jsonb_build_object('end_behavior', 'release', 'phases', jsonb_build_array(
              jsonb_build_object('start_date', extract(epoch from s.period_start)::bigint,
                                 'end_date', extract(epoch from s.period_end)::bigint,
                                 'items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('price', s.price_id, 'quantity', s.quantity)))),
              jsonb_build_object('items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-               'price', credits._price_of_plan(p.code), 'quantity', s.quantity)))))),
-           s.account_id)
+               'price', credits._price_of_plan(p.code, s.price_id), 'quantity', s.quantity)))))))
     from (select (_request_phases.subscription).*) s
     join credits.plans p on p.code = s.pending_plan
 $$;
 
+-- Stripe lets nobody announce the end of a subscription that a schedule manages, so that is let go first: requests about one
+-- subscription go one after the other. What was planned for after the end is not wanted any more.
 create or replace function credits._request_cancel(
   subscription credits.subscriptions,
   at           text
 )
 returns void
+language plpgsql
+as $$
+declare
+  v_sub      credits.subscriptions := _request_cancel.subscription;
+  v_schedule text := credits._schedule_of(v_sub.subscription_id);
+begin
+  perform credits._withdraw(v_sub.subscription_id, array['resume_plan', 'schedule_plan', 'schedule_phases']);
+  if _request_cancel.at = 'now' then
+    perform credits._request_change('cancel_plan', v_sub, 'delete', '/v1/subscriptions/' || v_sub.subscription_id, '{}');
+  else
+    perform credits._fail_in_progress(v_sub.subscription_id)
+      where v_schedule is null and credits._is_asked('schedule_plan', v_sub.subscription_id);
+    if v_schedule is not null and not credits._is_asked('release_plan', v_sub.subscription_id) then
+      perform credits._withdraw(v_sub.subscription_id, array['cancel_plan']);
+      perform credits._request_release(v_sub, v_schedule);
+    end if;
+    perform credits._request_change('cancel_plan', v_sub, 'post', '/v1/subscriptions/' || v_sub.subscription_id,
+                                    '{"cancel_at_period_end": true}');
+  end if;
+  update credits.subscriptions s
+     set pending_plan = null, pending_at = null
+   where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id and s.pending_plan is not null;
+end $$;
+
+create or replace function credits._request_release(
+  subscription credits.subscriptions,
+  schedule_id  text
+)
+returns void
 language sql
 as $$
-  select credits._withdraw((_request_cancel.subscription).subscription_id, array['resume_plan']);
-  select credits._request_change('cancel_plan', _request_cancel.subscription,
-           case _request_cancel.at when 'now' then 'delete' else 'post' end,
-           case _request_cancel.at when 'now' then '{}' else '{"cancel_at_period_end": true}' end::jsonb)
+  select credits._request_change('release_plan', _request_release.subscription, 'post',
+                                 '/v1/subscription_schedules/' || _request_release.schedule_id || '/release', '{}')
+$$;
+
+-- Whether Stripe is being asked at this time.
+create or replace function credits._is_asked(
+  purpose text,
+  ref     text
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (select from credits.stripe_requests r
+                  where r.purpose = _is_asked.purpose and r.ref = _is_asked.ref and r.state in ('queued', 'sent'))
 $$;
 
 create or replace function credits._request_resume(subscription credits.subscriptions)
@@ -138,7 +185,9 @@ returns void
 language sql
 as $$
   select credits._withdraw((_request_resume.subscription).subscription_id, array['cancel_plan']);
-  select credits._request_change('resume_plan', _request_resume.subscription, 'post', '{"cancel_at_period_end": false}')
+  select credits._request_change('resume_plan', s, 'post', '/v1/subscriptions/' || s.subscription_id,
+                                 '{"cancel_at_period_end": false}')
+    from (select (_request_resume.subscription).*) s
 $$;
 
 -- Schedules ---------------------------------------------------------------------------------------------------------
@@ -158,7 +207,8 @@ begin
    where f.kind = 'subscription' and f.ref = v_schedule.subscription_id;
   if found then
     perform credits._lock_account(v_sub.account_id);
-    if (_on_schedule.notice).retrieved and v_sub.pending_plan is not null and v_schedule.next_at is null then
+    if (_on_schedule.notice).retrieved and v_sub.pending_plan is not null and v_schedule.next_at is null
+       and credits._open_request('schedule_phases', v_sub.subscription_id) is null then
       perform credits._request_phases(v_sub, v_schedule.schedule_id);
     end if;
     perform credits._refresh_pending(v_sub.account_id, v_sub.subscription_id);
@@ -198,10 +248,29 @@ begin
      and (s.pending_plan, s.pending_at) is distinct from (n.plan, n.at);
 end $$;
 
+-- The schedule that manages a subscription. Its own snapshot may be ahead of the subscription's, to say that it is made or over.
 create or replace function credits._schedule_of(subscription_id text)
 returns text
 language sql
 stable
 as $$
-  select (credits._shape_subscription(credits._snapshot('subscription', _schedule_of.subscription_id))).schedule_id
+  select coalesce(
+    (select n.schedule_id
+       from credits._shape_subscription(b.snapshot) n
+      where coalesce(credits._is_live_schedule(credits._snapshot('subscription_schedule', n.schedule_id)), true)),
+    (select o.object_id
+       from credits.stripe_objects o
+      where o.kind = 'subscription_schedule' and o.ref = b.object_id and o.as_of > b.as_of and credits._is_live_schedule(o.snapshot)
+      order by o.as_of desc, o.object_id
+      limit 1))
+    from credits.stripe_objects b
+   where b.kind = 'subscription' and b.object_id = _schedule_of.subscription_id
+$$;
+
+create or replace function credits._is_live_schedule(snapshot jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select (credits._shape_schedule(_is_live_schedule.snapshot)).status in ('not_started', 'active')
 $$;

@@ -319,6 +319,15 @@ as $$
                   credits._ref(_default_card.customer -> 'default_source'))
 $$;
 
+-- When Stripe made it, in seconds. A card is attached as it is made, or soon after, and once.
+create or replace function credits._made_at(object jsonb)
+returns bigint
+language sql
+immutable
+as $$
+  select credits._whole(_made_at.object -> 'created')
+$$;
+
 -- Whose card it is, or was: a detached one names its customer only in what it was before.
 create or replace function credits._card_customer(notice credits.stripe_notice)
 returns text

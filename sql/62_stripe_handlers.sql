@@ -95,6 +95,7 @@ with listed (event_type, handler) as (values
   ('failed.checkout',                             '_on_failed_checkout'),
   ('failed.top_up',                               '_on_failed_top_up'),
   ('again.checkout',                              '_on_checkout_again'),
+  ('again.portal',                                '_on_checkout_again'),
   ('again.refund',                                '_on_refund_again'),
   ('answer.lookup',                               '_on_lookup'),
   ('failed.lookup',                               '_on_failed_lookup'),

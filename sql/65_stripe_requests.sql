@@ -95,11 +95,13 @@ begin
     perform credits._fail(404, 'request_not_found', jsonb_build_object('request_id', retry_stripe_request.request_id));
   elsif v_request.state not in ('failed', 'declined', 'unknown')
         or v_request.purpose = 'top_up' and v_request.state <> 'unknown'  -- its attempt is closed: the next one is a new one
+        or v_request.error_type = 'withdrawn'  -- nobody wants it any more
         or exists (select from credits.stripe_requests l
                     where l.purpose = v_request.purpose and l.ref = v_request.ref and l.request_id > v_request.request_id) then
     perform credits._fail(409, 'request_not_failed',
       jsonb_build_object('request_id', v_request.request_id, 'state', v_request.state),
-      'Only the last request of its purpose and ref can be made again, and only if it failed, was declined or is unknown.');
+      'Only the last request of its purpose and ref can be made again, and only if it failed, was declined or is unknown, '
+      'and was not withdrawn before it was sent.');
   end if;
   update credits.stripe_requests r
      set state = 'failed', finished_at = credits.now()
@@ -109,8 +111,8 @@ end $$;
 comment on function credits.retry_stripe_request(bigint) is
 'Makes a request to Stripe again that failed, was declined or is unknown: a new one, under an idempotency key of its own.
 
-Look at Stripe first whether an unknown one was done: this does it again. It then counts as failed. Answers the new request, by
-which a checkout or a refund goes from now on.
+Look at Stripe first whether an unknown one was done: this does it again. It then counts as failed. One that was withdrawn
+before it was sent is not made again. Answers the new request, by which a checkout, a portal session or a refund goes from now on.
 Errors: 404 request_not_found, 409 request_not_failed, 422 invalid_amount, for a refund of more than is left.';
 
 drop function if exists credits._claim_due(integer, timestamptz, timestamptz, text, text);

@@ -61,13 +61,14 @@ status is the HTTP status, null if no answer came; body the raw text; headers an
 Idempotent-Replayed; attempt that of the claim, which tells a late answer from the one that is waited for; not_sent says why a
 request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
 stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before. 401: back in the queue, which stops,
-told as stripe_key_refused. No answer, no JSON, 409, 429, 5xx, and what cannot be applied yet: sent again under the same key after
-1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its request_id, after 429 from 15 s on. After
-stripe_event_max_attempts of them a request fails, told as stripe_request_given_up; a post goes on as claim_stripe_requests says,
-and is unknown rather than failed. An answer to what is done already changes nothing.
+told as stripe_key_refused. No answer, one that is neither an object nor an error of Stripe''s, 409, 429, 5xx, and what cannot be
+applied yet: sent again under the same key after 1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its
+request_id, after 429 from 15 s on. After stripe_event_max_attempts of them a request fails, told as stripe_request_given_up; a post
+goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is done already changes nothing.
 Errors: 404 request_not_found.';
 
--- In the order of this list. An answer that is no JSON does not come from Stripe, whatever its status.
+-- In the order of this list. An answer that is no JSON does not come from Stripe, whatever its status; nor does JSON that is
+-- neither an object nor an error of Stripe's: what stands between may have words of its own.
 create or replace function credits._judge_answer(
   request  credits.stripe_requests,
   status   integer,
@@ -81,9 +82,11 @@ as $$
   select case
     when _judge_answer.not_sent is not null                               then 'failed'
     when _judge_answer.status is null or _judge_answer.answer is null     then 'again'
-    when s between 200 and 299 and _judge_answer.answer = '{}'            then 'again'
-    when s between 200 and 299                                            then 'done'
+    when s between 200 and 299                                            then
+      case when jsonb_typeof(_judge_answer.answer -> 'object') = 'string' then 'done' else 'again' end
     when s = 401                                                          then 'refused'
+    when jsonb_typeof(_judge_answer.answer -> 'error') is distinct from 'object'
+                                                                          then 'again'
     when s = 402                                                          then 'declined'
     when s = 404 and (_judge_answer.request).purpose = 'retrieve'         then 'done'    -- the object is gone
     when s = 404 and (_judge_answer.request).method = 'delete'
@@ -160,8 +163,22 @@ begin
       else                                                                 'stripe_request_failed' end)
     where v_state in ('failed', 'unknown');
   perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
+  perform credits._look_at_named(v_request) where v_state = 'failed';
   return v_request;
 end $$;
+
+-- A customer or card that Stripe will not take any more, since it was deleted or detached while no event came through, is looked
+-- at: else all that names it would be refused for ever.
+create or replace function credits._look_at_named(request credits.stripe_requests)
+returns void
+language sql
+as $$
+  select credits._request_object(p.name, r.params ->> p.name)
+    from (select (_look_at_named.request).*) r,
+         lateral (select credits._error_of(r.response, 'param')) p (name)
+   where p.name in ('customer', 'payment_method')
+     and credits._open_request('retrieve', p.name || ':' || (r.params ->> p.name)) is null
+$$;
 
 -- A post is given up only when Stripe has done it and we cannot make use of it: what it did stays unknown, and in the way of
 -- another one, until somebody has looked.

@@ -44,7 +44,7 @@ begin
                                   is distinct from (true, excluded.threshold, excluded.package, excluded.currency,
                                                     excluded.monthly_cap, excluded.daily_cap, excluded.cool_down)
                              then excluded.updated_at else r.updated_at end,
-        paused_reason = case when r.paused_card = v_card then r.paused_reason end,
+        paused_reason = credits._pause_left(r, v_card),
         paused_at     = case when r.paused_card = v_card then r.paused_at end,
         paused_card   = case when r.paused_card = v_card then r.paused_card end;
   perform credits._let_go(set_auto_topup.account_id);
@@ -116,6 +116,7 @@ declare
   v_accounts text[];
 begin
   perform credits._check_rows(run_auto_topups.max_accounts, 'max_accounts', 10000);
+  perform credits._ask_about_open(v_now);
   v_accounts := array(select r.account_id from credits.auto_topups r
                        where r.check_at <= v_now order by r.check_at, r.account_id limit run_auto_topups.max_accounts);
   v_accounts := array(select b.account_id from credits.balances b where b.account_id = any (v_accounts)
@@ -129,8 +130,25 @@ end $$;
 comment on function credits.run_auto_topups(integer) is
 'Looks at automatic top-ups that wait for a moment: after a decline, a cool-down, a cap, or an expiry. A job for every minute.
 
-An account without credits has no debits that could look. Answers how many accounts were looked at.
+An account without credits has no debits that could look. Answers how many accounts were looked at. Stripe is asked once a day
+about payments that are on their way, since the event that tells their end may be lost.
 Errors: 400 invalid_request.';
+
+-- Payments on their way of which nothing was heard for a day. That they are asked about is news, whatever the answer.
+create or replace function credits._ask_about_open(at timestamptz)
+returns void
+language sql
+as $$
+  with silent as (
+    update credits.stripe_objects o
+       set updated_at = _ask_about_open.at
+      from credits.top_ups t
+     where t.state in ('processing', 'requires_action') and o.kind = 'payment_intent' and o.object_id = t.payment_intent_id
+       and o.updated_at <= _ask_about_open.at - interval '24 hours'
+       and credits._open_request('retrieve', 'payment_intent:' || t.payment_intent_id) is null
+    returning o.object_id)
+  select credits._request_object('payment_intent', s.object_id) from silent s
+$$;
 
 -- The decision ------------------------------------------------------------------------------------------------------
 

@@ -165,15 +165,18 @@ begin
          || credits._settle_source('top_up', v_top_up.payment_intent_id, v_purchase.account_id);
 end $$;
 
--- An event may tell what the lost answer to a request would have told. Whoever holds its row closes it himself.
+-- An event may tell what the lost answer to a request would have told: then nothing is unknown any more, and what an operator
+-- has asked anew meanwhile is not sent. Whoever holds its row closes it himself.
 create or replace function credits._close_unknown(top_up_id text)
 returns void
 language sql
 as $$
   update credits.stripe_requests r
-     set state = 'done', finished_at = credits.now()
+     set state = case r.state when 'unknown' then 'done' else 'failed' end, finished_at = credits.now(),
+         error_type = case r.state when 'unknown' then r.error_type else 'withdrawn' end
    where r.request_id = (select u.request_id from credits.stripe_requests u
-                          where u.purpose = 'top_up' and u.ref = _close_unknown.top_up_id and u.state = 'unknown'
+                          where u.purpose = 'top_up' and u.ref = _close_unknown.top_up_id
+                            and (u.state = 'unknown' or u.state = 'queued' and u.first_sent_at is null)
                             for no key update skip locked)
 $$;
 
@@ -187,20 +190,12 @@ language plpgsql
 as $$
 declare
   v_top_up credits.top_ups := credits._close_top_up(_fail_top_up.top_up);
-  v_reason text := _fail_top_up.reason;
+  v_reason text := coalesce(credits._refusal(v_top_up), _fail_top_up.reason);
 begin
   if v_top_up.top_up_id is null then
     return;
   end if;
-  if 'authentication_required' in (v_top_up.error_code, v_top_up.decline_code) then
-    v_reason := 'authentication_required';
-    perform credits._tell_top_up(v_top_up, 'top_up_action_required');
-  elsif v_top_up.advice_code = 'do_not_try_again' then
-    v_reason := v_top_up.advice_code;
-  elsif credits._declines(v_top_up) >= credits._setting('top_up_max_declines')::integer then
-    v_reason := 'declined';
-  end if;
-
+  perform credits._tell_top_up(v_top_up, 'top_up_action_required') where v_reason = 'authentication_required';
   if v_reason is null or v_reason <> 'request_failed'
      and v_top_up.payment_method is distinct from credits._card_of(credits._customer_of(v_top_up.account_id)) then
     perform credits._end_attempt(v_top_up.account_id);
@@ -209,6 +204,48 @@ begin
                                   case when v_reason <> 'request_failed' then v_top_up.payment_method end);
   end if;
 end $$;
+
+-- Why its card is not to be asked again, if so.
+create or replace function credits._refusal(top_up credits.top_ups)
+returns text
+language sql
+stable
+as $$
+  select case when 'authentication_required' in (t.error_code, t.decline_code)                          then 'authentication_required'
+              when t.advice_code = 'do_not_try_again'                                                   then t.advice_code
+              when credits._declines(t) >= credits._setting('top_up_max_declines')::integer             then 'declined' end
+    from (select (_refusal.top_up).*) t
+   where t.state = 'failed'
+$$;
+
+-- Another card alone ends such a pause.
+create or replace function credits._came_of_card(reason text)
+returns boolean
+language sql
+immutable
+as $$
+  select _came_of_card.reason in ('declined', 'do_not_try_again', 'authentication_required')
+$$;
+
+-- What is left of a pause when somebody sets the rule again: what its card said, which may have been under another reason.
+create or replace function credits._pause_left(
+  rule credits.auto_topups,
+  card text
+)
+returns text
+language sql
+stable
+as $$
+  select case when credits._came_of_card(r.paused_reason) then r.paused_reason
+              else coalesce((select credits._refusal(t)
+                               from credits.top_ups t
+                              where t.account_id = r.account_id and t.payment_method = r.paused_card
+                                and credits._refusal(t) is not null
+                              order by t.finished_at desc
+                              limit 1), 'declined') end
+    from (select (_pause_left.rule).*) r
+   where r.paused_card = _pause_left.card
+$$;
 
 -- How often in a row its card was declined.
 create or replace function credits._declines(top_up credits.top_ups)
@@ -249,7 +286,8 @@ begin
   perform credits._let_go(v_account);
   update credits.auto_topups r
      set paused_reason = null, paused_card = null, paused_at = null
-   where r.account_id = v_account and (r.paused_reason = 'card_missing' or r.paused_card <> v_card);
+   where r.account_id = v_account
+     and (r.paused_reason = 'card_missing' or credits._came_of_card(r.paused_reason) and r.paused_card <> v_card);
   if found then
     perform credits._notify(v_account, 'top_up_resumed', concat_ws(':', v_account, v_card, extract(epoch from credits.now())),
                             jsonb_build_object('payment_method', v_card));

@@ -270,6 +270,8 @@ BEFORE: dict[str | None, Callable[[], Response]] = {
     "429": refusal(429, "rate_limit_error", code="rate_limit"),
     "500": refusal(500, "api_error"),
     "503 html": lambda: HTMLResponse(HTML, 503),
+    "503 gateway": lambda: JSONResponse({"error": "upstream connect error"}, 503),
+    "404 gateway": lambda: JSONResponse({"error": "no route"}, 404),
     "cut before": Cut,
 }
 AFTER: dict[str | None, Callable[[], Response]] = {"no json": lambda: HTMLResponse(HTML, 200), "cut after": Cut}

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from itertools import permutations
@@ -362,6 +362,7 @@ def test_caps_and_cool_down_are_counted_from_rows_over_a_moving_window(ledger: L
 )  # fmt: skip
 def test_answer_and_events_grant_once_in_any_order(ledger: Ledger, steps: tuple[str, ...]) -> None:
     started(ledger)
+    ledger.claim_stripe_requests()
     for step in steps:
         if step == "answer":
             assert answer(ledger, intent(ledger)) == "done"
@@ -459,6 +460,27 @@ def test_a_hard_decline_pauses_until_the_card_changes(
     assert (how(ledger), len(requests(ledger))) == (("active", None, "queued"), 2)
 
 
+def test_news_of_an_older_card_do_not_make_it_the_one_that_is_charged(ledger: Ledger) -> None:
+    change_card(ledger, None)
+    for name in ("pm_old", "pm_new"):
+        ledger.now += DAY
+        made = int(ledger.now.timestamp())
+        card = {"id": name, "object": "payment_method", "customer": "cus_1", "created": made}
+        ledger.tell("payment_method.attached", card)
+        if name == "pm_old":
+            old = card
+    started(ledger)
+    decline(ledger, advice_code="do_not_try_again")
+    ledger.now += DAY
+    ledger.tell("payment_method.automatically_updated", {**old, "card": {"exp_year": 2040}})
+    assert (ledger.get_auto_topup("alpha").payment_method, len(requests(ledger))) == ("pm_new", 1)
+    assert how(ledger) == ("paused", "do_not_try_again", None)
+    ledger.now += SECOND
+    ledger.tell("payment_method.detached", {**card, "customer": None})
+    change_card(ledger, None, name="Alpha")
+    assert (how(ledger), request(ledger).params["payment_method"]) == (("active", None, "queued"), "pm_old")
+
+
 def test_a_card_that_changed_while_the_old_one_was_declined_is_tried(ledger: Ledger) -> None:
     started(ledger)
     change_card(ledger)
@@ -485,6 +507,77 @@ def test_no_detour_ends_a_pause_or_asks_a_card_again(ledger: Ledger) -> None:
     assert (how(ledger), len(requests(ledger))) == (("active", None, "queued"), 2)
 
 
+@pytest.mark.parametrize("first", ["card", "dispute"])
+def test_a_dispute_does_not_make_a_card_forget_that_it_said_no(ledger: Ledger, first: str) -> None:
+    started(ledger)
+    ledger.claim_stripe_requests()
+    for step in (first, *{"card", "dispute"} - {first}):
+        if step == "card":
+            decline(ledger, advice_code="do_not_try_again")
+        else:
+            ledger.change("select credits._pause_top_up('alpha', 'disputed')")
+    assert how(ledger) == ("paused", "disputed", None)
+    ledger.now += 2 * DAY
+    assert (rule(ledger).paused_reason, rule(ledger).state, len(requests(ledger))) == ("do_not_try_again", "paused", 1)
+    change_card(ledger)
+    assert (how(ledger), request(ledger).params["payment_method"]) == (("active", None, "queued"), "pm_2")
+
+
+def test_another_card_does_not_end_a_dispute(ledger: Ledger) -> None:
+    started(ledger)
+    decline(ledger, code=ASKED_FOR)
+    ledger.change("select credits._pause_top_up('alpha', 'disputed')")
+    change_card(ledger)
+    assert how(ledger) == ("paused", "disputed", None)
+    assert (rule(ledger).state, len(requests(ledger))) == ("active", 1), "it cools down"
+    ledger.now += 10 * MINUTE
+    ledger.run_auto_topups()
+    assert request(ledger).params["payment_method"] == "pm_2"
+
+
+def test_a_card_rests_its_day_whatever_other_cards_were_asked_since(ledger: Ledger) -> None:
+    started(ledger)
+    decline(ledger)
+    since = ledger.now
+    for card in ("pm_2", "pm_1"):
+        ledger.now += HOUR
+        change_card(ledger, card)
+        if card == "pm_2":
+            decline(ledger)
+    assert len(requests(ledger)) == 2, "the first card was asked this very day"
+    assert ledger.get_auto_topup("alpha").check_at == since + DAY
+    ledger.now = since + DAY
+    ledger.run_auto_topups()
+    assert [row.params["payment_method"] for row in requests(ledger)] == ["pm_1", "pm_2", "pm_1"]
+
+
+def test_a_card_that_was_never_asked_does_not_rest(ledger: Ledger) -> None:
+    started(ledger)
+    ledger.now += MINUTE
+    ledger.remove_auto_topup("alpha")
+    assert purchases(ledger) == ["failed"]
+    assert rule(ledger).check_at == ledger.now + 9 * MINUTE, "the cool-down alone"
+    ledger.now += 9 * MINUTE
+    ledger.run_auto_topups()
+    assert (how(ledger), purchases(ledger)) == (("active", None, "queued"), ["failed", "pending"])
+
+
+def test_a_cap_and_a_rest_are_as_long_in_every_time_zone(ledger: Ledger) -> None:
+    ledger.now = datetime(2030, 3, 15, 12, tzinfo=UTC)
+    started(ledger, cap=1000)
+    answer(ledger, intent(ledger))
+    ledger.now += 30 * DAY - SECOND
+    for zone in ("UTC", "Europe/Berlin", "America/New_York"):  # summer time began in between
+        ledger.conn.execute(f"set local time zone '{zone}'")
+        assert ledger.get_auto_topup("alpha").month_used == 1000, zone
+    ledger.now = datetime(2030, 3, 30, 12, tzinfo=UTC)
+    ledger.conn.execute("set local time zone 'Europe/Berlin'")
+    rule(ledger, threshold=1500)
+    decline(ledger)
+    ledger.run_auto_topups()
+    assert ledger.get_auto_topup("alpha").check_at == ledger.now + DAY
+
+
 def test_what_stripe_does_not_take_pauses_until_somebody_has_looked(ledger: Ledger) -> None:
     started(ledger)
     assert answer(ledger, {"error": {"type": "invalid_request_error", "code": "amount_too_small"}}, 400) == "failed"
@@ -495,6 +588,22 @@ def test_what_stripe_does_not_take_pauses_until_somebody_has_looked(ledger: Ledg
     assert how(ledger)[0] == "paused"
     ledger.now += DAY
     assert (rule(ledger).state, len(requests(ledger))) == ("active", 2)
+
+
+def test_a_card_that_was_detached_unheard_is_found_out(ledger: Ledger) -> None:
+    started(ledger)
+    refusal = {"type": "invalid_request_error", "code": "resource_missing", "param": "payment_method"}
+    answer(ledger, {"error": refusal}, 400)
+    assert how(ledger) == ("paused", "request_failed", None)
+    ledger.now += MINUTE
+    (look,) = ledger.claim_stripe_requests()
+    assert look.path == "/v1/payment_methods/pm_1"
+    card = {"id": "pm_1", "object": "payment_method", "customer": None}
+    ledger.complete_stripe_request(look.request_id, 200, json.dumps(card))
+    ledger.now += MINUTE
+    ledger.tell("customer.updated", customer(name="Alpha"))
+    with refused(409, "card_missing"):
+        rule(ledger)
 
 
 def test_a_payment_that_waits_for_its_buyer_is_let_go_of_when_the_card_changes(ledger: Ledger) -> None:
@@ -511,6 +620,36 @@ def test_a_payment_that_waits_for_its_buyer_is_let_go_of_when_the_card_changes(l
     ledger.complete_stripe_request(cancel.request_id, 200, json.dumps(intent(ledger, "canceled")))
     assert [row.state for row in ledger.table("top_ups", "true order by created_at")] == ["failed", "queued"]
     assert (request(ledger).params["payment_method"], purchases(ledger)) == ("pm_2", ["failed", "pending"])
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("status", ["processing", "requires_action"])
+def test_a_payment_on_its_way_whose_event_is_lost_is_asked_about(ledger: Ledger, status: str) -> None:
+    started(ledger)
+    ledger.claim_stripe_requests()
+    answer(ledger, intent(ledger, status))
+    for _ in range(2):
+        ledger.now += DAY - MINUTE
+        ledger.run_auto_topups()
+        assert ledger.claim_stripe_requests() == [], "there was news within a day"
+        ledger.now += MINUTE
+        for _ in range(2):
+            ledger.run_auto_topups()
+        (look,) = ledger.claim_stripe_requests()
+        assert (look.method, look.path) == ("get", f"/v1/payment_intents/{intent(ledger)['id']}")
+        ledger.complete_stripe_request(look.request_id, 200, json.dumps(intent(ledger, status)))
+    for missed in (True, False):
+        ledger.now += DAY
+        ledger.run_auto_topups()
+        (look,) = ledger.claim_stripe_requests()
+        said = {"error": {"code": "resource_missing"}} if missed else intent(ledger)
+        ledger.complete_stripe_request(look.request_id, 404 if missed else 200, json.dumps(said))
+        ledger.run_auto_topups()
+        assert ledger.claim_stripe_requests() == []
+    assert (ledger.available(), purchases(ledger)) == (1050, ["completed"])
+    ledger.now += 2 * DAY
+    ledger.run_auto_topups()
+    assert ledger.claim_stripe_requests() == []
     assert_sound(ledger)
 
 
@@ -537,6 +676,26 @@ def test_an_outcome_that_is_not_known_keeps_the_attempt_open(ledger: Ledger) -> 
     assert how(ledger) == ("active", None, "queued")
     answer(ledger, intent(ledger))
     assert (ledger.available(), [row.state for row in requests(ledger)]) == (1049, ["failed", "done"])
+
+
+@pytest.mark.parametrize("tells", [SUCCEEDED, FAILED])
+def test_what_an_operator_asks_anew_is_not_sent_once_an_event_has_told(ledger: Ledger, tells: str) -> None:
+    number = started(ledger).request_id
+    payment = intent(ledger)
+    ledger.claim_stripe_requests()
+    ledger.now += DAY
+    ledger.claim_stripe_requests()
+    again = ledger.retry_stripe_request(number).request_id
+    if tells == SUCCEEDED:
+        ledger.tell(SUCCEEDED, payment)
+    else:
+        declined_event(ledger)
+    assert (ledger.claim_stripe_requests(), [row.state for row in requests(ledger)]) == ([], ["failed", "failed"])
+    assert request(ledger).error_type == "withdrawn"
+    with refused(409, "request_not_failed"):
+        ledger.retry_stripe_request(again)
+    assert purchases(ledger) == ["completed" if tells == SUCCEEDED else "failed"]
+    assert_sound(ledger)
 
 
 def test_what_is_spent_before_the_credits_land_waits_for_the_cool_down(ledger: Ledger) -> None:

@@ -279,6 +279,22 @@ def test_what_stripe_refuses_is_told_and_the_purchase_has_failed(ledger: Ledger)
     assert [row.status for row in ledger.table("purchases")] == ["failed"]
 
 
+def test_a_customer_that_was_deleted_unheard_is_named_once_more_and_never_again(ledger: Ledger) -> None:
+    bind(ledger)
+    assert asked(ledger)["customer"] == "cus_1"
+    refusal = {"type": "invalid_request_error", "code": "resource_missing", "param": "customer"}
+    ledger.complete_stripe_request(requests(ledger)[-1].request_id, 400, json.dumps({"error": refusal}))
+    assert check_out(ledger).state == "failed"
+    ledger.now += MINUTE
+    (look,) = ledger.claim_stripe_requests()
+    assert (look.method, look.path) == ("get", "/v1/customers/cus_1")
+    gone = {"id": "cus_1", "object": "customer", "deleted": True}
+    ledger.complete_stripe_request(look.request_id, 200, json.dumps(gone))
+    check_out(ledger, key="another", save_card=True)
+    params = requests(ledger)[-1].params
+    assert ("customer" in params, params["customer_creation"]) == (False, "always")
+
+
 def test_a_request_that_is_tried_again_is_still_queued(ledger: Ledger) -> None:
     check_out(ledger)
     assert answer(ledger, {"error": {"type": "api_error"}}, 500) == "queued"
@@ -448,6 +464,19 @@ def test_the_portal_is_asked_for_and_open_for_five_minutes(ledger: Ledger) -> No
         ledger.get_checkout("alpha", "k")
     ledger.now += 5 * MINUTE
     assert (portal(ledger).state, portal(ledger).url) == ("expired", None)
+
+
+def test_a_portal_session_that_is_asked_for_again_is_that_of_its_key(ledger: Ledger) -> None:
+    bind(ledger)
+    visit = partial(ledger.create_portal_session, "alpha", "http://localhost/account", key="visit")
+    number = visit().request_id
+    ledger.complete_stripe_request(number, 400, json.dumps({"error": {"message": "No configuration provided"}}))
+    assert visit().state == "failed"
+    number = ledger.retry_stripe_request(number).request_id
+    assert (visit().state, visit().request_id) == ("queued", number)
+    shown = {"id": "bps_1", "object": "billing_portal.session", "url": "https://billing.stripe.com/p/1"}
+    ledger.complete_stripe_request(number, 200, json.dumps(shown))
+    assert (visit().state, visit().url) == ("done", shown["url"])
 
 
 def test_the_portal_needs_a_customer_and_an_allowed_address(ledger: Ledger) -> None:

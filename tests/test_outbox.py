@@ -200,6 +200,13 @@ OUTCOMES: list[tuple[str, int | None, Any, str, str | None, timedelta | None]] =
     (POST, 502, "<html>", "queued", None, 4 * SECOND),
     (POST, 200, "<html>", "queued", None, 4 * SECOND),
     (POST, 200, "{}", "queued", None, 4 * SECOND),
+    (POST, 200, {"status": "ok"}, "queued", None, 4 * SECOND),
+    (POST, 200, {"object": {}}, "queued", None, 4 * SECOND),
+    (POST, 400, {"error": "Bad Request"}, "queued", None, 4 * SECOND),
+    (POST, 402, {"message": "Your proxy has expired"}, "queued", None, 4 * SECOND),
+    (POST, 403, {"message": "Forbidden"}, "queued", None, 4 * SECOND),
+    (GET, 404, {"message": "no Route matched with those values"}, "queued", None, 4 * SECOND),
+    (DELETE, 404, {"error": None}, "queued", None, 4 * SECOND),
     (POST, 400, "<html>", "queued", None, 4 * SECOND),
     (POST, 302, "", "queued", None, 4 * SECOND),
     (POST, None, None, "queued", None, 4 * SECOND),
@@ -227,7 +234,8 @@ def test_each_answer_has_its_state(ledger: Ledger) -> None:
             assert (row.locked_until, row.finished_at) == (None, ledger.now if base is None else None), what
             assert row.run_at == (NOON if base is None else ledger.now + wait(number, base)), what
             assert [kind for kind, _ in told(ledger)] == [notification] * bool(notification), what
-            error = body.get("error", {}) if isinstance(body, dict) else {}
+            error = body.get("error") if isinstance(body, dict) else None
+            error = error if isinstance(error, dict) else {}
             fields = ("type", "code", "decline_code", "advice_code")
             assert (row.error_type, row.error_code, row.decline_code, row.advice_code) == tuple(
                 error.get(field) for field in fields

@@ -1,5 +1,6 @@
 """Plans of our own: months that come on time without any job, changes that grant what is due once, ends that keep."""
 
+import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -731,6 +732,150 @@ def test_what_stripe_is_being_asked_stands_and_another_word_is_refused(subscribe
             ledger.change(f"{requests} set state = 'done' where state = 'sent'")
             others[0]()
             assert len(wanted(ledger)) == 1
+
+
+def scheduled(status: str = "active", **more: Any) -> dict[str, Any]:
+    """A schedule of Alpha's subscription: another plan when the period ends."""
+    end = int((HALF + 28 * DAY).timestamp())
+    return {
+        "id": "sub_sched_1", "object": "subscription_schedule", "subscription": "sub_1", "status": status,
+        "current_phase": {"start_date": 1, "end_date": end},
+        "phases": [{"start_date": 1, "items": [{"price": "price_basic"}]},
+                   {"start_date": end, "items": [{"price": "price_pro"}]}],
+        **more,
+    }  # fmt: skip
+
+
+RELEASE: tuple[Any, ...] = ("release_plan", "post", "/v1/subscription_schedules/sub_sched_1/release", {})
+CANCEL = ("cancel_plan", "post", SUBSCRIPTION, {"cancel_at_period_end": True})
+
+
+@pytest.mark.parametrize("told", ["by both", "by the schedule alone"])
+def test_a_schedule_is_let_go_before_the_end_is_announced(subscriber: Ledger, told: str) -> None:
+    """Stripe refuses the end of a subscription that a schedule manages: the buyer would go on paying."""
+    ledger = subscriber
+    ledger.now += SECOND
+    if told == "by both":
+        ledger.tell("customer.subscription.updated", subscription(schedule="sub_sched_1"))
+    ledger.tell("subscription_schedule.created", scheduled())
+    assert state(ledger).pending_plan == "pro"
+    for _ in range(2):
+        assert ledger.cancel_plan("alpha").pending_plan is None
+        assert wanted(ledger) == [RELEASE, CANCEL]
+    (release,) = ledger.table("stripe_requests", "purpose = 'release_plan'")
+    assert len(ledger.table("stripe_requests", "purpose <> 'retrieve'")) == 2, "to cancel again changes nothing"
+    ledger.now += SECOND
+    assert [row.path for row in ledger.claim_stripe_requests() if row.method == "post"] == [release.path]
+    ledger.complete_stripe_request(release.request_id, 200, json.dumps(scheduled("released", subscription=None)))
+    ledger.cancel_plan("alpha")
+    assert wanted(ledger) == [CANCEL], "the schedule is gone already"
+
+
+def test_what_was_withdrawn_is_no_refusal_of_stripe_and_not_made_again(subscriber: Ledger) -> None:
+    ledger = subscriber
+    ledger.cancel_plan("alpha")
+    ledger.resume_plan("alpha")
+    (cancel,) = ledger.table("stripe_requests", "purpose = 'cancel_plan'")
+    assert (cancel.state, cancel.error_type) == ("failed", "withdrawn")
+    (health,) = [row for row in ledger.health() if row.name == "requests_succeed"]
+    assert (health.status, health.value) == ("ok", 0)
+    assert [row.purpose for row in ledger.query("select * from credits.report_stripe_requests")] == ["resume_plan"]
+    with ledger.unchanged(), refused(409, "request_not_failed"):
+        ledger.retry_stripe_request(cancel.request_id)
+
+
+def test_what_is_planned_for_after_the_end_is_not_asked_for(subscriber: Ledger) -> None:
+    ledger = subscriber
+    for at, last in (("period_end", CANCEL), ("now", ("cancel_plan", "delete", SUBSCRIPTION, {}))):
+        with ledger.conn.transaction(force_rollback=True):
+            ledger.change_plan("alpha", "pro", at="period_end")
+            assert ledger.cancel_plan("alpha", at=at).pending_plan is None
+            assert wanted(ledger) == [last]
+    ledger.now += SECOND
+    ledger.change_plan("alpha", "pro", at="period_end")
+    ledger.claim_stripe_requests()
+    with ledger.unchanged(), refused(409, "plan_change_in_progress"):
+        ledger.cancel_plan("alpha")
+    (asked,) = ledger.table("stripe_requests", "purpose = 'schedule_plan'")
+    ledger.complete_stripe_request(asked.request_id, 200, json.dumps(scheduled()))
+    ledger.cancel_plan("alpha")
+    assert wanted(ledger) == [RELEASE, CANCEL]
+
+
+def test_a_plan_for_the_end_of_the_period_that_stripe_is_being_told_stands(subscriber: Ledger) -> None:
+    ledger = subscriber
+    ledger.change("update credits.plans set stripe_price_ids = '{price_max}' where code = 'max'")
+    ledger.now += SECOND
+    ledger.tell("subscription_schedule.created", scheduled())
+    ledger.change_plan("alpha", "pro", at="period_end")
+    ledger.claim_stripe_requests()
+    with ledger.unchanged(), refused(409, "plan_change_in_progress"):
+        ledger.change_plan("alpha", "max", at="period_end")
+    with ledger.unchanged("stripe_requests", "subscription_cache"):
+        ledger.change_plan("alpha", "pro", at="period_end")
+
+
+@pytest.mark.parametrize(
+    ("first", "again"),
+    [
+        (lambda ledger: ledger.change_plan("alpha", "pro"), lambda ledger: ledger.change_plan("alpha", "pro")),
+        (
+            lambda ledger: ledger.change_plan("alpha", "pro", at="period_end"),
+            lambda ledger: ledger.cancel_plan("alpha"),
+        ),
+        (lambda ledger: ledger.cancel_plan("alpha"), lambda ledger: ledger.cancel_plan("alpha", at="now")),
+        (lambda ledger: ledger.resume_plan("alpha"), lambda ledger: ledger.resume_plan("alpha")),
+    ],
+    ids=["change", "schedule", "cancel", "resume"],
+)
+def test_a_word_while_the_answer_to_another_is_brought_back_waits_for_nobody(
+    database: Database, first: Callable[[Ledger], Any], again: Callable[[Ledger], Any]
+) -> None:
+    """The worker holds the request and wants the account, the caller the account: they must not wait for each other."""
+    with committed(database) as ledger, database.connect("credits_owner") as worker:
+        prepare(ledger)
+        ledger.open("alpha")
+        ledger.tell("customer.subscription.created", subscription())
+        first(ledger)
+        (request,) = ledger.table("stripe_requests", "purpose <> 'retrieve'")
+        ledger.claim_stripe_requests()
+        worker.execute("select from credits.stripe_requests where request_id = %s for update", [request.request_id])
+        ledger.conn.execute("set lock_timeout = '5s'")
+        with suppress(CreditsError):  # 409 plan_change_in_progress
+            again(ledger)
+
+
+@pytest.mark.parametrize("listed", ["prices", "ids"])
+def test_who_changes_stays_with_the_currency_and_interval_that_is_paid(subscriber: Ledger, listed: str) -> None:
+    """Stripe takes no other currency of a subscription, and nobody has asked for another interval."""
+    ledger = subscriber
+    sold = [("usd", "month"), ("usd", "year"), ("eur", "month"), ("eur", "year")]
+    for rank, (currency, every) in enumerate(sold):
+        name = f"price_{currency}_{every}"
+        shown = {"id": name, "currency": currency, "unit_amount": 100, "active": True, "recurring": {"interval": every}}
+        ledger.tell("price.created", {"object": "price", **shown})
+        if listed == "prices":
+            ledger.change(
+                "insert into credits.plan_prices values ('pro', %s, %s, 100, %s, %s)", currency, every, rank, name
+            )
+        else:
+            ledger.change(
+                "update credits.plans set stripe_price_ids = stripe_price_ids || %s::text where code = 'pro'", name
+            )
+    others = {"prices": ("price_usd_month", "price_usd_month"), "ids": ("price_usd_year", "price_eur_year")}[listed]
+    pays = [*sold, ("usd", "week"), ("gbp", "month")]
+    chosen = []
+    for currency, every in pays:
+        ledger.now += SECOND
+        with ledger.conn.transaction(force_rollback=True):
+            now = {"id": "price_basic", "currency": currency, "unit_amount": 5, "recurring": {"interval": every}}
+            ledger.tell("price.updated", {"object": "price", **now})
+            ledger.change_plan("alpha", "pro")
+            (asked,) = ledger.table("stripe_requests", "purpose = 'change_plan'")
+            chosen.append(asked.params["items"][0]["price"])
+    assert dict(zip(pays, chosen, strict=True)) == dict(
+        zip(pays, [*(f"price_{currency}_{every}" for currency, every in sold), *others], strict=True)
+    )
 
 
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:

@@ -365,7 +365,7 @@ def test_an_answer_that_stripe_does_not_know_it_is_not_asked_for_by_every_reader
     stripe.now += 6 * MINUTE
     state(stripe)
     (request,) = requests(stripe)
-    stripe.row("complete_stripe_request", request_id=request.request_id, status=404, body="{}")
+    stripe.row("complete_stripe_request", request_id=request.request_id, status=404, body='{"error": {}}')
     for _ in range(3):
         assert state(stripe)["stale"] is True
     assert len(requests(stripe)) == 1

@@ -189,6 +189,8 @@ LOST: dict[str, tuple[str, int | None, int]] = {
     "no json": ("queued", 200, 1),
     "500": ("queued", 500, 0),
     "503 html": ("queued", 503, 0),
+    "503 gateway": ("queued", None, 0),
+    "404 gateway": ("queued", None, 0),
     "409": ("queued", 409, 0),
     "429": ("queued", 429, 0),
     "401": ("queued", 401, 0),
