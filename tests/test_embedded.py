@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -146,6 +146,22 @@ def test_after_a_kill_it_is_taken_up_at_once(base: Path) -> None:
         assert ask(server.dsn, "select answer from kept") == 42
         time.sleep(1)
         assert ask(server.dsn, "select answer from kept") == 42
+
+
+def test_killed_while_the_data_are_made_it_makes_them_anew(base: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", USER, str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    until(lambda: bool(list(base.glob("postgres*/PG_VERSION"))), 40)
+    process.kill()
+    for folder in Path("/proc").glob("[0-9]*"):  # and initdb with it, as when a container ends
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if any(word.startswith(str(base).encode()) for word in words) and b"pgcredits.embedded" not in words:
+                os.kill(int(folder.name), signal.SIGKILL)
+    process.communicate()
+    with embedded.start(base, conf=FAST) as server:
+        assert ask(server.admin_dsn, "show unix_socket_directories") == ""
+        assert ask(server.dsn, "select count(*) from pg_language where lanname = 'plpgsql'") == 1
+    assert sorted(path.name for path in base.iterdir() if path.name.startswith("postgres.new")) == []
 
 
 def test_a_killed_server_is_started_again(base: Path) -> None:
