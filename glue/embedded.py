@@ -31,6 +31,7 @@ from psycopg.conninfo import make_conninfo
 
 DATABASE = "pgcredits"  # and the role that owns it: no superuser, may create roles
 ELSEWHERE = Path("/var/lib/pgcredits")
+PATIENCE = 60  # seconds for a server to end in order
 CONF = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
@@ -162,7 +163,9 @@ class _Control:
         raise EmbeddedError(f"PostgreSQL did not start; the end of {log}:\n{tail}")
 
     def stop(self) -> None:
-        self.run("pg_ctl", "-m", "fast", "-w", "stop")
+        if self.run("pg_ctl", "-m", "fast", "-w", "-t", str(PATIENCE), "stop").returncode and self.running():
+            # One that was told to while it recovered may wait for ever (18.4). At the next start it recovers.
+            self.run("pg_ctl", "-m", "immediate", "-w", "stop")
 
     def port(self) -> int:
         return int((self.data / "postmaster.pid").read_text().splitlines()[3])

@@ -174,6 +174,19 @@ def test_a_killed_server_is_started_again(base: Path) -> None:
             assert ask(again.dsn, "select answer from kept") == 42
 
 
+def test_one_that_does_not_end_in_order_is_ended(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PATIENCE", 2)
+    with embedded.start(base, conf=FAST) as server:
+        ask(server.dsn, "create table kept as select 42 as answer")
+        pid = ask(server.admin_dsn, "select pid from pg_stat_activity where backend_type = 'checkpointer'")
+        os.kill(int(str(pid)), signal.SIGSTOP)
+        run_as = pwd.getpwuid(server.data.stat().st_uid).pw_name if os.geteuid() == 0 else None
+        embedded._Control(embedded.packaged(), server.data, run_as).stop()
+        assert not running(base)
+    with embedded.start(base) as server:
+        assert ask(server.dsn, "select answer from kept") == 42
+
+
 def test_the_port_can_be_chosen(base: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
