@@ -181,7 +181,7 @@ def test_one_that_does_not_end_in_order_is_ended(base: Path, monkeypatch: pytest
         pid = ask(server.admin_dsn, "select pid from pg_stat_activity where backend_type = 'checkpointer'")
         os.kill(int(str(pid)), signal.SIGSTOP)
         run_as = pwd.getpwuid(server.data.stat().st_uid).pw_name if os.geteuid() == 0 else None
-        embedded._Control(embedded.packaged(), server.data, run_as).stop()
+        embedded._Control(embedded.packaged(), server.data, run_as).stop()  # noqa: SLF001
         assert not running(base)
     with embedded.start(base) as server:
         assert ask(server.dsn, "select answer from kept") == 42
