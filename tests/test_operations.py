@@ -183,6 +183,16 @@ def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     assert ledger.set_setting("low_balance_threshold", None).value is None
 
 
+def test_sums_of_a_time_to_come_are_not_kept(ledger: Ledger) -> None:
+    ledger.open_account("alpha")
+    ledger.freeze_account("alpha", reason="x")
+    ledger.now += DAY
+    assert "frozen" in {row.label for row in ledger.rows("refresh_totals")}
+    ledger.now -= DAY  # the clock was wrong
+    ledger.unfreeze_account("alpha")
+    assert "frozen" not in {row.label for row in ledger.rows("refresh_totals")}
+
+
 def test_a_setting_at_its_limit_stops_no_job(ledger: Ledger) -> None:
     for row in ledger.list_settings():
         highest: Any = "1000 years" if re.match(r"\d", str(row.value)) else 1_000_000
