@@ -182,7 +182,10 @@ def _initialise(base: Path, control: _Control, conf: str, initdb: Sequence[str])
     _write_private(secret, json.dumps(passwords))
     shutil.rmtree(control.data, ignore_errors=True)
     for left in control.data.parent.glob(f"{control.data.name}.new-*"):  # of a start that was killed
-        left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
     # Made under another name, each time a new one: a folder that initdb has begun looks like one that it has finished,
     # and when we are killed it goes on alone, or ends with us.
     made = Path(tempfile.mkdtemp(prefix=f"{control.data.name}.new-", dir=control.data.parent))
