@@ -1,4 +1,10 @@
 -- How every deploy begins, inside its one transaction: alone, patient within limits, with books to write in.
+-- What the database or the login has set for its own traffic does not count here. Who waited for another deploy must see
+-- what that one did, which a snapshot of before would hide.
+set transaction isolation level read committed;
+set local statement_timeout = 0;
+set local lock_timeout = 0;
+set local quote_all_identifiers = off;
 select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('pgcredits.deploy', 0));
 
 -- What a deploy may wait for running traffic: whoever comes after us waits for us.

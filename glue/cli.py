@@ -1,6 +1,7 @@
 """The command line: the door, deploys, a look at how things are, and what an operator does."""
 
 import contextlib
+import os
 import secrets
 import shutil
 import socket
@@ -69,6 +70,9 @@ def main() -> None:
         balances.BalancesError,
         psycopg.Error,
     )
+    # For every connection of this process: the driver reads moments in no other style, and a database may have one of
+    # its own. It travels with the login, which poolers understand too.
+    os.environ["PGDATESTYLE"] = "ISO"
     try:
         cli()
     except known as error:

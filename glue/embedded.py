@@ -16,10 +16,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -30,6 +31,7 @@ from psycopg.conninfo import make_conninfo
 
 DATABASE = "pgcredits"  # and the role that owns it: no superuser, may create roles
 ELSEWHERE = Path("/var/lib/pgcredits")
+PATIENCE = 60  # seconds for a server to end in order
 CONF = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
@@ -161,7 +163,9 @@ class _Control:
         raise EmbeddedError(f"PostgreSQL did not start; the end of {log}:\n{tail}")
 
     def stop(self) -> None:
-        self.run("pg_ctl", "-m", "fast", "-w", "stop")
+        if self.run("pg_ctl", "-m", "fast", "-w", "-t", str(PATIENCE), "stop").returncode and self.running():
+            # One that was told to while it recovered may wait for ever (18.4). At the next start it recovers.
+            self.run("pg_ctl", "-m", "immediate", "-w", "stop")
 
     def port(self) -> int:
         return int((self.data / "postmaster.pid").read_text().splitlines()[3])
@@ -176,10 +180,28 @@ def _initialise(base: Path, control: _Control, conf: str, initdb: Sequence[str])
         return passwords
     passwords = {"postgres": secrets.token_urlsafe(24), DATABASE: secrets.token_urlsafe(24)}
     _write_private(secret, json.dumps(passwords))
-    shutil.rmtree(control.data, ignore_errors=True)  # what an initdb that was killed left behind
-    control.data.mkdir(mode=0o700)
-    pwfile = control.data.with_suffix(".pwfile")
-    _write_private(pwfile, passwords["postgres"])
+    shutil.rmtree(control.data, ignore_errors=True)
+    for left in control.data.parent.glob(f"{control.data.name}.new-*"):  # of a start that was killed
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink()
+    # Made under another name, each time a new one: a folder that initdb has begun looks like one that it has finished,
+    # and when we are killed it goes on alone, or ends with us.
+    made = Path(tempfile.mkdtemp(prefix=f"{control.data.name}.new-", dir=control.data.parent))
+    try:
+        _make_data(replace(control, data=made), passwords["postgres"], conf, initdb)
+        made.rename(control.data)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return passwords
+
+
+def _make_data(control: _Control, password: str, conf: str, initdb: Sequence[str]) -> None:
+    """Run initdb in the empty folder control.data."""
+    pwfile = Path(f"{control.data}.pwfile")
+    _write_private(pwfile, password)
     try:
         if control.run_as:
             for path in (control.data, pwfile):
@@ -191,14 +213,10 @@ def _initialise(base: Path, control: _Control, conf: str, initdb: Sequence[str])
         )  # fmt: skip
         if made.returncode:
             raise EmbeddedError(f"initdb failed: {made.stdout.strip()[-1000:]}")
-    except BaseException:
-        shutil.rmtree(control.data, ignore_errors=True)
-        raise
     finally:
         pwfile.unlink()
     with (control.data / "postgresql.conf").open("a") as file:
         file.write(CONF + conf)
-    return passwords
 
 
 def _create_database(admin_dsn: str, password: str) -> None:

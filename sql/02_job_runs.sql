@@ -23,7 +23,7 @@ begin
   for v_name in
     select j.name
       from credits.jobs j
-     where j.enabled and j.next_run_at <= v_now
+     where j.enabled and credits._is_due(j, v_now)
      order by j.claimed_at nulls first, j.name
   loop
     v_claim := credits._claim_job(v_name, claim_job.runner, v_now);
@@ -92,7 +92,7 @@ begin
   for v_name in
     select j.name
       from credits.jobs j
-     where j.enabled and j.next_run_at <= credits.now()
+     where j.enabled and credits._is_due(j, credits.now())
      order by j.claimed_at nulls first, j.name
   loop
     v_result := credits.run_job(v_name, run_due_jobs.runner);
@@ -134,6 +134,18 @@ Errors: 400 invalid_request.';
 
 -- Helpers -----------------------------------------------------------------------------------------------------------
 
+-- Also if it was last claimed at a moment that is still to come: the clock was set back, and what it said then counts no more.
+create or replace function credits._is_due(
+  job credits.jobs,
+  at  timestamptz
+)
+returns boolean
+language sql
+immutable
+as $$
+  select (_is_due.job).next_run_at <= _is_due.at or (_is_due.job).claimed_at > _is_due.at + interval '1 minute'
+$$;
+
 -- Whoever asks is noted, but for those that stand by, who are not called for while anybody else was seen.
 create or replace function credits._is_called_for(
   runner  text,
@@ -146,12 +158,13 @@ as $$
 begin
   if _is_called_for.standby then
     return not exists (select from credits.job_runners r
-                        where r.seen_at > _is_called_for.at - (credits._setting('job_standby') #>> '{}')::interval);
+                        where r.seen_at > _is_called_for.at - (credits._setting('job_standby') #>> '{}')::interval
+                          and r.seen_at < _is_called_for.at + interval '1 minute');
   end if;
   insert into credits.job_runners as r (runner, seen_at)
   values (_is_called_for.runner, _is_called_for.at)
   on conflict on constraint job_runners_pkey do update set seen_at = excluded.seen_at
-    where r.seen_at < excluded.seen_at - interval '10 seconds';
+    where r.seen_at not between excluded.seen_at - interval '10 seconds' and excluded.seen_at + interval '1 minute';
   return true;
 end $$;
 
@@ -170,7 +183,8 @@ declare
 begin
   select j.* into v_job
     from credits.jobs j
-   where j.name = _claim_job.name and (j.locked_until is null or j.locked_until <= _claim_job.at)
+   where j.name = _claim_job.name
+     and (j.locked_until is null or j.locked_until <= _claim_job.at or j.claimed_at > _claim_job.at + interval '1 minute')
      for no key update skip locked;
   if not found then
     return null;

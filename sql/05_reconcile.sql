@@ -17,7 +17,7 @@ set search_path = pg_catalog, pg_temp
 as $$
 declare
   v_since timestamptz := coalesce(reconcile_stripe.since,
-                                  credits.now() - (credits._setting('reconcile_window') #>> '{}')::interval);
+                                  greatest(credits.now() - (credits._setting('reconcile_window') #>> '{}')::interval, 'epoch'));
   v_run   credits.stripe_reconciliations;
 begin
   if not isfinite(v_since) or v_since > credits.now() or v_since < timestamptz 'epoch' then

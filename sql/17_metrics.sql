@@ -45,7 +45,7 @@ begin
             select 'pgcredits_subscriptions', s.state, count(*) from credits.subscriptions s group by s.state) c
      order by c.name, c.label
   on conflict on constraint totals_pkey do update set value = excluded.value, counted_at = excluded.counted_at;
-  delete from credits.totals t where t.counted_at < v_now;
+  delete from credits.totals t where t.counted_at <> v_now;
   return query select t.* from credits.totals t order by t.name, t.label;
 end $$;
 comment on function credits.refresh_totals() is

@@ -152,7 +152,7 @@ begin
     case when v_job.locked_until > credits.now() then 'running'
          when not v_job.enabled then 'disabled'
          when v_job.failures > 0 then 'failing'
-         when v_job.next_run_at <= credits.now() then 'due'
+         when credits._is_due(v_job, credits.now()) then 'due'
          else 'waiting' end,
     coalesce(v_job.own_schedule, v_job.schedule), v_job.next_run_at, v_job.last_started_at, v_job.last_finished_at,
     v_job.last_success_at, v_job.failures, v_job.failing_since, v_job.last_error, v_job.runner, v_job.batch_size,

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -148,6 +148,22 @@ def test_after_a_kill_it_is_taken_up_at_once(base: Path) -> None:
         assert ask(server.dsn, "select answer from kept") == 42
 
 
+def test_killed_while_the_data_are_made_it_makes_them_anew(base: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", USER, str(base)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    until(lambda: bool(list(base.glob("postgres*/PG_VERSION"))), 40)
+    process.kill()
+    for folder in Path("/proc").glob("[0-9]*"):  # and initdb with it, as when a container ends
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if any(word.startswith(str(base).encode()) for word in words) and b"pgcredits.embedded" not in words:
+                os.kill(int(folder.name), signal.SIGKILL)
+    process.communicate()
+    with embedded.start(base, conf=FAST) as server:
+        assert ask(server.admin_dsn, "show unix_socket_directories") == ""
+        assert ask(server.dsn, "select count(*) from pg_language where lanname = 'plpgsql'") == 1
+    assert sorted(path.name for path in base.iterdir() if path.name.startswith("postgres.new")) == []
+
+
 def test_a_killed_server_is_started_again(base: Path) -> None:
     with embedded.start(base, conf=FAST) as server:
         ask(server.dsn, "create table kept as select 42 as answer")
@@ -156,6 +172,19 @@ def test_a_killed_server_is_started_again(base: Path) -> None:
         until(lambda: not listens(port_of(server.dsn)), 40)
         with embedded.start(base) as again:
             assert ask(again.dsn, "select answer from kept") == 42
+
+
+def test_one_that_does_not_end_in_order_is_ended(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "PATIENCE", 2)
+    with embedded.start(base, conf=FAST) as server:
+        ask(server.dsn, "create table kept as select 42 as answer")
+        pid = ask(server.admin_dsn, "select pid from pg_stat_activity where backend_type = 'checkpointer'")
+        os.kill(int(str(pid)), signal.SIGSTOP)
+        run_as = pwd.getpwuid(server.data.stat().st_uid).pw_name if os.geteuid() == 0 else None
+        embedded._Control(embedded.packaged(), server.data, run_as).stop()  # noqa: SLF001
+        assert not running(base)
+    with embedded.start(base) as server:
+        assert ask(server.dsn, "select answer from kept") == 42
 
 
 def test_the_port_can_be_chosen(base: Path) -> None:

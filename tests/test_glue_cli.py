@@ -208,6 +208,15 @@ def test_commands_take_on_the_role_that_belongs_to_the_login(database: Database)
     assert pgcredits(env, "events", "list", "--dsn", database.dsn).returncode == 0
 
 
+def test_dates_of_a_database_may_have_another_style(database: Database) -> None:
+    with database.admin() as admin:
+        admin.execute(f"alter database {database.name} set datestyle = 'German'".encode())
+    env = environment(PGCREDITS_DSN=database.dsn)
+    for command in (["jobs", "run", "audit"], ["jobs", "list"], ["events", "list"], ["notify", "list"], ["status"]):
+        answer = pgcredits(env, *command)
+        assert (answer.returncode, answer.stderr) == (0, ""), command
+
+
 def test_a_word_that_is_none_finds_not_nothing_but_is_refused(database: Database) -> None:
     env = environment(PGCREDITS_DSN=database.dsn)
     for command, words in (

@@ -354,6 +354,24 @@ def test_a_run_whose_runner_does_not_come_back_is_lost_after_its_lease(ledger: L
     assert [row.data["job"] for row in told(ledger, "job_failed")] == [claim.name]
 
 
+def test_a_clock_that_is_set_back_stops_no_job(ledger: Ledger) -> None:
+    ledger.now += 400 * DAY
+    held = "expire_grants"
+    while claimed := ledger.claim_job("pg_cron 1"):
+        if claimed[0].name != held:
+            ledger.run_job(claimed[0].name, run_id=claimed[0].run_id)
+    ledger.now -= 400 * DAY
+    assert {row.state for row in ledger.list_jobs() if row.name != held} == {"due"}
+    done = set()
+    while claimed := ledger.claim_job("door", standby=True):
+        done.add(claimed[0].name)
+        assert ledger.run_job(claimed[0].name, run_id=claimed[0].run_id).outcome == "done"
+    assert done == {row.name for row in ledger.list_jobs()}
+    assert max(row.next_run_at for row in ledger.list_jobs()) <= ledger.now + 7 * DAY
+    assert ledger.claim_job("pg_cron 1") == []
+    assert [row.seen_at for row in ledger.table("job_runners", "runner = 'pg_cron 1'")] == [ledger.now]
+
+
 def waiting(conn: Connection[Any], query: str) -> int:
     """The process of a session that waits for a lock in a query like this one."""
     for _ in range(500):

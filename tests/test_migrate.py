@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -56,6 +57,24 @@ def test_four_processes_at_once(empty_database: Database) -> None:
     answers = [(process.communicate(timeout=120)[0], process.returncode) for process in running]
     assert [code for _, code in answers] == [0, 0, 0, 0], answers
     assert sorted(text.startswith("Applied: 0001") for text, _ in answers) == [False, False, False, True], answers
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "default_transaction_isolation = 'repeatable read'",
+        "default_transaction_isolation = 'serializable'",
+        "statement_timeout = '40ms'",
+        "lock_timeout = '40ms'",
+        "quote_all_identifiers = on",
+    ],
+)
+def test_what_the_database_has_set_for_its_traffic_does_not_count(empty_database: Database, setting: str) -> None:
+    with empty_database.admin() as admin:
+        admin.execute(f"alter database {empty_database.name} set {setting}".encode())
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(migrate.migrate, [empty_database.dsn] * 2))
+    assert sorted(answers) == [[], ALL]
 
 
 def test_a_killed_deploy_leaves_nothing_behind(empty_database: Database) -> None:

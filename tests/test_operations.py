@@ -3,10 +3,12 @@
 import json
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from client import CreditsError
 from commands import pgcredits
 from door import Door
 from ledger_support import DAY, HOUR, MINUTE, Ledger, assert_sound, committed, refused, session
@@ -167,7 +169,8 @@ def test_reports_answer_for_the_service(ledger: Ledger) -> None:
 def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     good = {"past_due_grace": "0 days", "stripe_event_max_attempts": 5, "dispute_freezes": "account",
             "allowed_redirect_urls": ["https://shop.example"], "low_balance_threshold": 5}  # fmt: skip
-    bad: dict[str, list[Any]] = {"stripe_event_max_attempts": ["5", -1, None], "dispute_freezes": ["all", ""],
+    bad: dict[str, list[Any]] = {"stripe_event_max_attempts": ["5", -1, None, 2**31],
+           "job_history": ["2000 years", "1"], "dispute_freezes": ["all", ""],
            "allowed_redirect_urls": ["https://shop.example", [1], {}], "low_balance_threshold": ["5", -1]}  # fmt: skip
     for name, value in good.items():
         assert ledger.set_setting(name, value).value == value
@@ -178,6 +181,36 @@ def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     settings = {row.name: row.value for row in ledger.list_settings()}
     assert {name: settings[name] for name in good} == good
     assert ledger.set_setting("low_balance_threshold", None).value is None
+
+
+def test_sums_of_a_time_to_come_are_not_kept(ledger: Ledger) -> None:
+    ledger.open_account("alpha")
+    ledger.freeze_account("alpha", reason="x")
+    ledger.now += DAY
+    assert "frozen" in {row.label for row in ledger.rows("refresh_totals")}
+    ledger.now -= DAY  # the clock was wrong
+    ledger.unfreeze_account("alpha")
+    assert "frozen" not in {row.label for row in ledger.rows("refresh_totals")}
+
+
+def test_a_setting_at_its_limit_stops_no_job(ledger: Ledger) -> None:
+    for row in ledger.list_settings():
+        highest: Any = "1000 years" if re.match(r"\d", str(row.value)) else 1_000_000
+        if isinstance(row.value, int | str) and not isinstance(row.value, bool):
+            with suppress(CreditsError):  # a text that is no duration
+                ledger.set_setting(row.name, highest)
+    assert {row.name for row in ledger.list_settings() if row.value == "1000 years"} > {"job_history", "job_lease"}
+    for job in ledger.list_jobs():
+        assert ledger.run_job(job.name).outcome in ("done", "running"), job.name
+    assert len(ledger.claim_stripe_requests()) == 1  # of the reconciliation
+    assert ledger.claim_notifications() == []
+    assert {row.state for row in ledger.list_jobs()} == {"waiting"}
+
+
+def test_a_text_that_looks_like_a_duration_stays_a_text(ledger: Ledger) -> None:
+    for name in ("product_name", "stripe_id_prefix"):
+        for value in ("7d", "pgc"):
+            assert ledger.set_setting(name, value).value == value
 
 
 def test_every_check_has_a_runbook_and_a_figure(ledger: Ledger) -> None:

@@ -68,8 +68,9 @@ def test_what_never_arrived_is_shown_and_then_repaired(database: Database, fake:
 
 
 def test_what_cannot_be_done_is_said(database: Database, fake: StripeFake) -> None:
-    wrong = command(database, fake, "--since", "yesterday")
-    assert (wrong.exit_code, "--since is 7d" in str(wrong.exception)) == (1, True)
+    for none in ("yesterday", "999999d", "0001-01-01"):
+        wrong = command(database, fake, "--since", none)
+        assert (wrong.exit_code, "--since is 7d" in str(wrong.exception)) == (1, True), none
     with committed(database) as ledger:
         ledger.load_demo_catalog()
         sell(fake, 1, metadata={"account_id": "nobody", "package": "starter"})

@@ -145,10 +145,10 @@ def _reconcile(
 
 def _moment(text: str) -> datetime | None:
     """7d, 12h or 30m ago, or a moment as ISO text."""
-    if ago := re.fullmatch(r"([0-9]{1,6})([dhm])", text):
-        unit = {"d": "days", "h": "hours", "m": "minutes"}[ago[2]]
-        return datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
     try:
+        if ago := re.fullmatch(r"([0-9]{1,6})([dhm])", text):
+            unit = {"d": "days", "h": "hours", "m": "minutes"}[ago[2]]
+            return datetime.now(UTC) - timedelta(**{unit: int(ago[1])})
         return datetime.fromisoformat(text).astimezone() if text else None
-    except ValueError:
+    except (ValueError, OverflowError):  # none, or before the year 1
         raise SettingsError(f"--since is 7d, 12h, or a moment such as 2026-11-21T08:00Z, not {text!r}") from None
