@@ -215,21 +215,27 @@ language plpgsql
 stable
 as $$
 declare
-  v_use  credits.use := _quoted_rate.use;
-  v_rate credits.rates;
+  v_use   credits.use := _quoted_rate.use;
+  v_since timestamptz := _quoted_rate.at - (credits._setting('quote_ttl') #>> '{}')::interval;
 begin
   if _quoted_rate.rate_id is null then
     perform credits._fail(404, 'rate_not_found',
       jsonb_build_object('capability', v_use.capability, 'quality', v_use.quality, 'model', v_use.model),
       'The catalogue says no price for this.');
   end if;
-  v_rate := credits._rate(v_use.capability, v_use.quality, v_use.model,
-                          _quoted_rate.at - (credits._setting('quote_ttl') #>> '{}')::interval);
-  if v_rate.rate_id is distinct from _quoted_rate.rate_id then
+  -- Another rate can only have come into force where one began or ended.
+  if not exists (
+       select from (select v_since
+                    union
+                    select m.at
+                      from credits.rates r, lateral (values (r.valid_from), (r.valid_until)) m (at)
+                     where r.capability = v_use.capability and m.at > v_since and m.at <= _quoted_rate.at) m (at),
+                   lateral credits._rate(v_use.capability, v_use.quality, v_use.model, m.at) f
+        where f.rate_id = _quoted_rate.rate_id) then
     perform credits._fail(409, 'quote_expired',
       jsonb_build_object('rate_id', _quoted_rate.rate_id, 'capability', v_use.capability, 'quality', v_use.quality,
                          'model', v_use.model),
       'This rate is not, or no longer, the price of this. Ask for a new quote.');
   end if;
-  return v_rate;
+  return credits._rate_of(_quoted_rate.rate_id);
 end $$;

@@ -270,6 +270,38 @@ def test_what_is_released_is_given_back(ledger: Ledger, rolling: bool) -> None:
     assert_sound(ledger)
 
 
+def test_what_is_released_is_given_back_to_its_own_capability(ledger: Ledger) -> None:
+    names = ("image", "image/large", "image/large/rolling")
+    uses = {"limits": [{"calls": 2, "per": "hour", "rolling": True}, {"calls": 2, "per": "day"}]}
+    document = {
+        "capabilities": {name: {"unit": "words"} for name in names},
+        "plans": {"team": {"name": "Team", "capabilities": dict.fromkeys(names, uses)}},
+        "rates": [{"capability": name, "price": {"credits": 1}} for name in names],
+    }
+    ledger.rows("apply_catalog", catalog=Jsonb(document))
+    ledger.open_account("alpha", plan="team")
+    ledger.grant(100)
+    begun = {name: [call(ledger, capability=name) for _ in range(2)] for name in names}
+    for left in (1, 0):
+        for place, name in enumerate(names):
+            ledger.release("alpha", begun[name].pop())
+            assert used(ledger) == [left, left] * (place + 1) + [left + 1, left + 1] * (2 - place)
+    assert_sound(ledger)
+
+
+def test_what_is_released_after_it_left_its_rolling_window_takes_no_other_call_along(ledger: Ledger) -> None:
+    rolling = {"per": "minute", "rolling": True}
+    offer(ledger, {"calls": 5, **rolling}, everywhere=({"calls": 9, **rolling},))
+    old = call(ledger)
+    ledger.now += 2 * MINUTE
+    calls(ledger, 5)
+    ledger.release("alpha", old)
+    assert used(ledger) == [5, 5]
+    with refused(429, "rate_limited"):
+        call(ledger)
+    assert_sound(ledger)
+
+
 def test_a_hold_that_runs_out_gives_its_credits_back_and_stays_a_call(ledger: Ledger) -> None:
     offer(ledger, {"calls": 5, "per": "day"}, {"units": 100, "per": "month"}, {"credits": 100, "per": "month"})
     usage_id = call(ledger, 70)
