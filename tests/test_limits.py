@@ -173,6 +173,34 @@ def test_an_hour_that_comes_twice_is_two_windows(ledger: Ledger) -> None:
     call(ledger)
 
 
+@pytest.mark.parametrize(
+    ("zone", "midnight"),
+    [("Atlantic/Azores", datetime(2030, 10, 27, tzinfo=UTC)), ("America/Havana", datetime(2026, 11, 1, 4, tzinfo=UTC))],
+)
+def test_a_day_that_has_two_midnights_begins_with_the_first(ledger: Ledger, zone: str, midnight: datetime) -> None:
+    ledger.now = midnight - DAY
+    offer(ledger, {"calls": 2, "per": "day"}, {"units": 10, "per": "month"})
+    ledger.set_time_zone("alpha", zone)
+    ledger.set_member("alpha", "m", monthly_limit=10)
+    ledger.now = midnight - TICK
+    calls(ledger, 2)
+    with refused(429, "rate_limited", resets_at=midnight.isoformat()):
+        call(ledger)
+    ledger.now = midnight
+    assert used(ledger)[0] == 0
+    released = call(ledger, 5, member_id="m", ttl=2 * HOUR)  # at 00:00
+    ledger.settle_usage("alpha", call(ledger, 2), 1)
+    ledger.now += 70 * MINUTE  # at 00:10 again; what was called the day before has run out
+    with refused(429, "rate_limited", resets_at=(midnight + 25 * HOUR).isoformat()):
+        call(ledger)
+    assert_sound(ledger)
+    ledger.release("alpha", released)
+    assert used(ledger) == [1, 1]
+    (total,) = ledger.get_usage("alpha", group_by="capability")
+    assert total.credits == 1
+    assert_sound(ledger)
+
+
 def test_a_time_zone_that_changes_gives_nothing_anew(ledger: Ledger) -> None:
     offer(ledger, {"calls": 2, "per": "day"})
     calls(ledger, 2)
