@@ -354,6 +354,20 @@ def test_a_quote_is_honoured_however_often_the_price_changes_meanwhile(ledger: L
         ledger.authorize_usage("alpha", "outline", 1, usage_id="c", **pinned)
 
 
+def test_a_quote_is_honoured_when_a_more_exact_rate_comes(ledger: Ledger) -> None:
+    ledger.now += HOUR
+    quote = ledger.quote("alpha", "chapter", 100, quality="best")
+    exact = {"capability": "chapter", "quality": "best", "price": 7}
+    ledger.now += MINUTE
+    apply(ledger, {"rates": [*CATALOG["rates"], exact]})  # which says of no time that it was not in force
+    use: Callable[..., Any] = partial(ledger.authorize_usage, "alpha", "chapter", 100, quality="best")
+    assert use(usage_id="a", rate_id=quote.rate_id).amount == quote.amount == 20
+    assert use(usage_id="b").amount == 7
+    ledger.now += 15 * MINUTE
+    with refused(409, "quote_expired"):
+        use(usage_id="c", rate_id=quote.rate_id)
+
+
 def test_a_quote_of_a_price_to_come_is_none(ledger: Ledger) -> None:
     coming = (ledger.now + MINUTE).isoformat()
     apply(ledger, {"rates": [*CATALOG["rates"], {"capability": "outline", "price": 7, "valid_from": coming}]})
