@@ -29,6 +29,7 @@ _KEYS = (  # the order in which a person reads them
     "stripe_product_id", "stripe_price_id", "stripe_price_ids", "qualities", "limits", "capabilities",
 )  # fmt: skip
 _TAG = "tag:yaml.org,2002:"
+_UNSTORABLE = "has a character that PostgreSQL cannot hold"
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]{1,3})?")
 
 
@@ -116,8 +117,10 @@ def _json(node: yaml.Node, path: tuple[Key, ...], document: Document, above: tup
         return f"[{', '.join(_json(value, (*path, n), document, above) for n, value in enumerate(node.value))}]"
     if node.tag == f"{_TAG}null":
         return "null"
-    if node.tag == f"{_TAG}bool":
+    if node.tag == f"{_TAG}bool" and node.value.lower() in ("true", "false"):
         return str(node.value).lower()
+    if not _storable(node.value):
+        raise CatalogError(document.complaint(list(path), _UNSTORABLE))
     number = node.tag in (f"{_TAG}float", f"{_TAG}int") and _NUMBER.fullmatch(node.value)
     return node.value if number else json.dumps(node.value)
 
@@ -128,12 +131,22 @@ def _members(node: yaml.MappingNode, path: tuple[Key, ...], document: Document) 
         line = key.start_mark.line + 1
         if not isinstance(key, yaml.ScalarNode):
             raise CatalogError(f"{document.name}:{line}: {_path_text(path)}: a key is a text")
+        if not _storable(key.value):
+            raise CatalogError(f"{document.name}:{line}: {_path_text(path)}: {_UNSTORABLE}")
         document.lines[*path, key.value] = line
         if key.value in seen:
             first = f"is given twice, first in line {seen[key.value]}"
             raise CatalogError(document.complaint([*path, key.value], first))
         seen[key.value] = line
         yield key.value, value
+
+
+def _storable(text: str) -> bool:
+    """Whether PostgreSQL can hold a text: no NUL, and no half of a character that is written as two."""
+    try:
+        return "\0" not in text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        return False
 
 
 # Applying -------------------------------------------------------------------------------------------------------------

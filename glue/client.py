@@ -147,6 +147,7 @@ class _Usage(Generic[Source]):
         self.authorized: Authorized
         self.settled: Settled | None = None
         self.released: Released | None = None
+        self._chosen_here = not usage_id
         self._conn, self._ttl, self._renew_every = conn, ttl, ttl.total_seconds() / 2
         self._request = {
             "account_id": account_id, "capability": capability, **_counted(units), "quality": quality,
@@ -202,6 +203,10 @@ class _Usage(Generic[Source]):
             raise
         self._unknown, self._joined = False, joins
 
+    def _may_be_held(self, error: BaseException) -> bool:
+        """Whether entering was interrupted, perhaps after the commit, and nobody will come back under this usage_id."""
+        return self._chosen_here and bool(self._address) and not isinstance(error, Exception)
+
     def _may_release(self) -> bool:
         """Whether there may be a hold to give back.
 
@@ -218,8 +223,8 @@ class _Usage(Generic[Source]):
 
     def _complain(self, what: str, error: Exception) -> None:
         """Log what could not be done about the hold."""
-        if isinstance(error, CreditsError) and error.code == "reservation_closed":
-            log.info("usage %s of %s is closed already: %s", self.usage_id, self.account_id, error)
+        if isinstance(error, CreditsError) and error.code in ("reservation_closed", "reservation_not_found"):
+            log.info("usage %s of %s holds nothing: %s", self.usage_id, self.account_id, error)
         else:
             log.warning(
                 "could not %s the hold of usage %s of %s, which runs out by itself: %s: %s",
@@ -247,9 +252,14 @@ class Usage(_Usage[Connection[Any] | ConnectionPool[Any]]):
     _kinds = (Connection, ConnectionPool)
 
     def __enter__(self) -> Self:
-        with self._given() as conn:
-            self._address = _address(conn)
-            self.authorized = _result(Authorized, _call(conn, "authorize_usage", self._request))
+        try:
+            with self._given() as conn:
+                self._address = _address(conn)
+                self.authorized = _result(Authorized, _call(conn, "authorize_usage", self._request))
+        except BaseException as error:
+            if self._may_be_held(error):
+                self._give_back(type(error).__name__)
+            raise
         self._left = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name=f"usage {self.usage_id}", daemon=True)
         self._renewal.start()
@@ -337,15 +347,21 @@ class Usage(_Usage[Connection[Any] | ConnectionPool[Any]]):
 class AsyncUsage(_Usage[AsyncConnection[Any] | AsyncConnectionPool[Any]]):
     """Usage for `async with`, on an AsyncConnection or an AsyncConnectionPool; settle and release are awaited.
 
-    A cancelled body releases too, however often it is cancelled meanwhile.
+    A cancelled body releases too, however often it is cancelled meanwhile, and so does a cancelled entering, unless it
+    is of a usage_id that was given: whoever tries that again finds the hold.
     """
 
     _kinds = (AsyncConnection, AsyncConnectionPool)
 
     async def __aenter__(self) -> Self:
-        async with self._given() as conn:
-            self._address = _address(conn)
-            self.authorized = _result(Authorized, await _call_async(conn, "authorize_usage", self._request))
+        try:
+            async with self._given() as conn:
+                self._address = _address(conn)
+                self.authorized = _result(Authorized, await _call_async(conn, "authorize_usage", self._request))
+        except BaseException as error:
+            if self._may_be_held(error):
+                await _to_its_end(self._give_back(type(error).__name__))
+            raise
         self._renewal = asyncio.create_task(self._renew(), name=f"usage {self.usage_id}")
         return self
 

@@ -186,27 +186,30 @@ begin
   return query
     select null::bigint, 'plan'::credits.grant_kind, null::text[], max(m.period_end),
            sum(m.amount) - credits._paid_by_months(_silent_month.balance, array_agg(m.key), _silent_month.at), 0::numeric
-      from credits._silent_months((_silent_month.balance).account_id, _silent_month.at) m
+      from credits._silent_months(_silent_month.balance, _silent_month.at) m
      where m.period_end > _silent_month.at
     having count(*) > 0;
 end $$;
 
 -- Months that have begun and that nobody has booked, also those that are over: only the next one is there as a pending grant,
--- and an account may have been silent for longer.
+-- and an account may have been silent for longer. A month that began before what is due next was booked, or its plan had no
+-- credits then: those come with initialize_plan_credits().
+drop function if exists credits._silent_months(text, timestamptz);
 create or replace function credits._silent_months(
-  account_id text,
-  at         timestamptz
+  balance credits.balances,
+  at      timestamptz
 )
 returns setof credits.wanted_slice
 language sql
 stable
 as $$
   select m.*
-    from (select w.* from credits._wanted_slices(_silent_months.account_id, _silent_months.at) w
+    from (select w.* from credits._wanted_slices((_silent_months.balance).account_id, _silent_months.at) w
           union all
-          select o.* from credits._missed_months(_silent_months.account_id, _silent_months.at) o) m
-   where m.period_start <= _silent_months.at
-     and not exists (select from credits.grants g where g.account_id = _silent_months.account_id and g.key = m.key)
+          select o.* from credits._missed_months((_silent_months.balance).account_id, _silent_months.at) o) m
+   where m.period_start between (_silent_months.balance).next_due_at and _silent_months.at
+     and not exists (select from credits.grants g
+                      where g.account_id = (_silent_months.balance).account_id and g.key = m.key)
 $$;
 
 create or replace function credits._paid_by_months(
@@ -250,7 +253,7 @@ begin
        where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= _freed_at.at
       union all
       select m.period_start, 3, null, null, null, m.amount, false, m.key
-        from credits._silent_months((_freed_at.balance).account_id, _freed_at.at) m
+        from credits._silent_months(_freed_at.balance, _freed_at.at) m
     )
     select f.grant_id, f.amount, f.returned,
            case when g.scope is null

@@ -125,7 +125,8 @@ as $$
      and w.period = o.period
 $$;
 
--- A call that did not take place leaves the rolling windows: all that came after it move up by one.
+-- A call that did not take place leaves the rolling windows: all that came after it move up by one. One that has left them
+-- by itself may be forgotten, and is no longer found.
 create or replace function credits._unadmit(
   account_id text,
   capability text,
@@ -139,8 +140,8 @@ declare
 begin
   select a.* into v_call
     from credits.usage_admissions a
-   where a.account_id = _unadmit.account_id and a.capability = _unadmit.capability and a.admitted_at >= _unadmit.at
-   order by a.admitted_at, a.number
+   where a.account_id = _unadmit.account_id and a.capability = _unadmit.capability and a.admitted_at = _unadmit.at
+   order by a.number
    limit 1;
   if not found then
     return;

@@ -104,6 +104,18 @@ begin
   return _check_counts.counts;
 end $$;
 
+-- Whether some line of a price is of a unit: that is what a call may be told in.
+create or replace function credits._knows_unit(
+  price jsonb,
+  unit  text
+)
+returns boolean
+language sql
+immutable
+as $$
+  select jsonb_path_exists(_knows_unit.price, '$.lines[*] ? (@.unit == $unit)', jsonb_build_object('unit', _knows_unit.unit))
+$$;
+
 -- The units that lines count; of flat lines alone, the one they may be told.
 create or replace function credits._units_of(lines jsonb)
 returns text[]

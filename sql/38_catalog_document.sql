@@ -275,7 +275,8 @@ begin
     else true end;
 end $$;
 
--- A time in a document, or null if it is none. A date is its first moment in UTC.
+-- A time in a document, or null if it is none. A date is its first moment in UTC. The year has four digits in UTC too, where
+-- the export writes it.
 create or replace function credits._catalog_moment(value text)
 returns timestamptz
 language plpgsql
@@ -285,7 +286,9 @@ begin
   if _catalog_moment.value ~ '^\d{4}-\d\d-\d\d$' then
     return (_catalog_moment.value || ' 00:00Z')::timestamptz;
   elsif _catalog_moment.value ~ '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)$' then
-    return _catalog_moment.value::timestamptz;
+    return (select m.at
+              from (select _catalog_moment.value::timestamptz) m (at)
+             where m.at between '0001-01-01 00:00Z' and '9999-12-31 23:59:59.999999Z');
   end if;
   return null;
 exception when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value then

@@ -238,8 +238,8 @@ begin
    where r.valid_from > _write_rates.at
      and not exists (select from jsonb_populate_recordset(null::credits.rates, v_entries) e
                       where credits._same_key(e, r) and e.valid_from = r.valid_from);
-  insert into credits.rates as r (capability, quality, model, valid_from, price)
-  select e.capability, e.quality, e.model, e.valid_from, e.price
+  insert into credits.rates as r (created_at, capability, quality, model, valid_from, price)
+  select _write_rates.at, e.capability, e.quality, e.model, e.valid_from, e.price
     from jsonb_populate_recordset(null::credits.rates, v_entries) e
    where e.valid_from > _write_rates.at
   on conflict on constraint rates_one_per_start do update set price = excluded.price where r.price <> excluded.price;
@@ -262,8 +262,8 @@ begin
               and not exists (select from jsonb_populate_recordset(null::credits.rates, _write_rates_of_now.entries) e
                                where credits._same_key(e, l) and e.valid_from <= _write_rates_of_now.at));
 
-  insert into credits.rates as r (capability, quality, model, valid_from, price)
-  select e.capability, e.quality, e.model,
+  insert into credits.rates as r (created_at, capability, quality, model, valid_from, price)
+  select _write_rates_of_now.at, e.capability, e.quality, e.model,
          case when exists (select from credits.rates o where credits._same_key(o, e)) then _write_rates_of_now.at else e.valid_from end,
          e.price
     from (select distinct on (e.capability, e.quality, e.model) e.*

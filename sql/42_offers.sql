@@ -67,7 +67,8 @@ as $$
      and (n.quality is null or n.quality = _rate_until.quality) and (n.model is null or n.model = _rate_until.model)
 $$;
 
--- A price of flat lines alone is one amount; one line of plain units, rounded half up to 6 decimals, is one product.
+-- A price of flat lines alone, which may be told the units of the capability, is one amount; one line of plain units, rounded
+-- half up to 6 decimals, is one product.
 create or replace function credits._simple_price(
   price   jsonb,
   quality text,
@@ -79,6 +80,7 @@ language sql
 stable
 as $$
   select case when not jsonb_path_exists(_simple_price.price, '$.lines[*] ? (!exists (@.flat))')
+                and credits._knows_unit(_simple_price.price, _simple_price.unit)
               then credits._price_amount(_simple_price.price, '{}', _simple_price.quality, _simple_price.model) end,
          case when jsonb_array_length(_simple_price.price -> 'lines') = 1 and not _simple_price.price ?| '{minimum,maximum}'
                 and l.line ? 'credits' and not l.line ?| '{per,block}' and l.line ->> 'unit' = _simple_price.unit

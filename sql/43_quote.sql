@@ -215,21 +215,57 @@ language plpgsql
 stable
 as $$
 declare
-  v_use  credits.use := _quoted_rate.use;
-  v_rate credits.rates;
+  v_use   credits.use := _quoted_rate.use;
+  v_since timestamptz := _quoted_rate.at - (credits._setting('quote_ttl') #>> '{}')::interval;
 begin
   if _quoted_rate.rate_id is null then
     perform credits._fail(404, 'rate_not_found',
       jsonb_build_object('capability', v_use.capability, 'quality', v_use.quality, 'model', v_use.model),
       'The catalogue says no price for this.');
   end if;
-  v_rate := credits._rate(v_use.capability, v_use.quality, v_use.model,
-                          _quoted_rate.at - (credits._setting('quote_ttl') #>> '{}')::interval);
-  if v_rate.rate_id is distinct from _quoted_rate.rate_id then
+  if not credits._was_in_force(v_use, _quoted_rate.rate_id, v_since, _quoted_rate.at) then
     perform credits._fail(409, 'quote_expired',
       jsonb_build_object('rate_id', _quoted_rate.rate_id, 'capability', v_use.capability, 'quality', v_use.quality,
                          'model', v_use.model),
       'This rate is not, or no longer, the price of this. Ask for a new quote.');
   end if;
-  return v_rate;
+  return credits._rate_of(_quoted_rate.rate_id);
 end $$;
+
+-- Whether a rate was the price of a use at some moment of a time, as the catalogue was then: a rate that always was in force
+-- may have come into it later. What is in force changes only where a rate begins, comes or ends.
+create or replace function credits._was_in_force(
+  use     credits.use,
+  rate_id bigint,
+  since   timestamptz,
+  until   timestamptz
+)
+returns boolean
+language sql
+stable
+as $$
+  with rates as (
+    select r.*, greatest(r.valid_from, r.created_at) as begins_at
+      from credits.rates r
+     where r.capability = (_was_in_force.use).capability
+       and (r.quality is null or r.quality = (_was_in_force.use).quality)
+       and (r.model is null or r.model = (_was_in_force.use).model)
+  ), moments as (
+    select _was_in_force.since as at
+    union
+    select m.at
+      from rates r, lateral (values (r.begins_at), (r.valid_until)) m (at)
+     where m.at > _was_in_force.since and m.at <= _was_in_force.until
+  )
+  select exists (
+    select from moments m, lateral (
+             select l.rate_id
+               from (select distinct on (r.quality, r.model) r.*
+                       from rates r
+                      where r.begins_at <= m.at
+                      order by r.quality, r.model, r.valid_from desc) l
+              where l.valid_until > m.at
+              order by l.model is null, l.quality is null
+              limit 1) f
+     where f.rate_id = _was_in_force.rate_id)
+$$;

@@ -32,6 +32,7 @@ begin
    where b.account_id = check_access.account_id and b.status = 'active' and credits._is_plain(b)
      and o.valid_until > credits.now() and check_access.member_id is null and check_access.unit_counts is null
      and (o.flat is not null and check_access.units is null or credits._is_amount(check_access.units))
+     and (check_access.quality = '' or check_access.model = '') is not true
      and b.balance - b.held >= x.amount;
   if found then
     return v_result;
@@ -195,4 +196,11 @@ begin
   end if;
   return trim_scale(coalesce((select sum(l.remaining) from credits._lots_at(_available.balance, _available.at) l
                                where l.scope is null or _available.capability = any (l.scope)), 0));
+end $$;
+
+-- What is offered is what this version makes of the catalogue, and not what the one before did.
+do $$
+begin
+  lock table credits.plans in share row exclusive mode;
+  perform credits._work_out_offers();
 end $$;

@@ -95,6 +95,8 @@ as $$
   select case _weight.measure when 'calls' then 1 when 'units' then (_weight.use).units else (_weight.use).amount end
 $$;
 
+-- Where clocks are put back at midnight there are two, an hour apart: the day begins with the first, while date_trunc()
+-- answers with the second. One expression, which is inlined.
 create or replace function credits._window(
   period    text,
   at        timestamptz,
@@ -105,6 +107,10 @@ language sql
 stable
 as $$
   select date_trunc(_window.period, _window.at, _window.time_zone)
+         - case when date_trunc(_window.period, date_trunc(_window.period, _window.at, _window.time_zone) - interval '1 hour',
+                                _window.time_zone)
+                     = date_trunc(_window.period, _window.at, _window.time_zone)
+                then interval '1 hour' else interval '0' end
 $$;
 
 -- A day has 23 to 25 hours where clocks are put forward and back, and ends when the next one begins.
@@ -120,8 +126,9 @@ as $$
   select case when _window_end.period in ('minute', 'hour')
               then date_trunc(_window_end.period, _window_end.at, _window_end.time_zone)
                    + ('1 ' || _window_end.period)::interval
-              else (date_trunc(_window_end.period, _window_end.at at time zone _window_end.time_zone)
-                    + ('1 ' || _window_end.period)::interval) at time zone _window_end.time_zone end
+              else credits._window(_window_end.period,
+                     (date_trunc(_window_end.period, _window_end.at at time zone _window_end.time_zone)
+                      + ('1 ' || _window_end.period)::interval) at time zone _window_end.time_zone, _window_end.time_zone) end
 $$;
 
 -- The limits of a plan for a capability (without one, for all), as they stand. Its plan holds for all plans and capabilities: to

@@ -51,6 +51,11 @@ begin
   v_hold := credits._reserve(authorize_usage.account_id, v_use.amount, authorize_usage.usage_id,
     coalesce(authorize_usage.ttl, '15 minutes'), null, null, authorize_usage.subject, authorize_usage.member_id,
     v_use.capability, authorize_usage.metadata, usage => true);
+  if v_hold.replayed then
+    perform credits._fail(409, 'idempotency_conflict',
+      jsonb_build_object('operation', 'reserve', 'key', authorize_usage.usage_id),
+      'reserve() has made a reservation of this id. A new use takes a new one.');
+  end if;
   return credits._open_usage(v_use, v_hold, v_print);
 end $$;
 comment on function credits.authorize_usage(text, text, numeric, text, text, interval, text, text, text, jsonb, bigint, jsonb) is
@@ -210,15 +215,20 @@ language plpgsql
 as $$
 declare
   v_usage  credits.usages := _announce.usage;
+  v_price  jsonb;
   v_unit   text;
   v_counts jsonb;
 begin
   if num_nonnulls(_announce.units, _announce.unit_counts) = 0 then
     return v_usage;
   end if;
+  v_price := (credits._rate_of(v_usage.rate_id)).price;
   select c.unit into v_unit from credits.capabilities c where c.code = v_usage.capability;
-  v_counts := credits._check_counts((credits._rate_of(v_usage.rate_id)).price,
-                                    credits._counts(v_unit, _announce.units, _announce.unit_counts));
+  if not credits._knows_unit(v_price, v_unit) then  -- the catalogue has another unit since
+    v_unit := (select min(k) from jsonb_object_keys(nullif(v_usage.counts, '{}')) k having count(*) = 1);
+    v_unit := coalesce(v_unit, (credits._units_of(v_price -> 'lines'))[1]);
+  end if;
+  v_counts := credits._check_counts(v_price, credits._counts(v_unit, _announce.units, _announce.unit_counts));
   update credits.usages u
      set counts = v_counts,
          units  = coalesce((v_counts ->> v_unit)::numeric, 0)
@@ -276,7 +286,7 @@ begin
   perform credits._correct_windows(v_usage, case when v_unused then -1 else 0 end, v_units - v_usage.counted_units,
                                    v_credits - v_usage.counted_credits);
   if v_unused then
-    perform credits._unadmit(v_usage.account_id, split_part(n.name, '/', 1), v_usage.authorized_at)
+    perform credits._unadmit(v_usage.account_id, left(n.name, -length('/rolling')), v_usage.authorized_at)
        from unnest(v_usage.counted_in) n (name)
       where n.name like '%/rolling';
   end if;

@@ -16,7 +16,7 @@ declare
   v_account credits.accounts := credits._account(get_usage.account_id);
   v_by      text := coalesce(credits._check_word(get_usage.group_by, 'group_by',
                                                  '{day,subject,capability,quality,model,member}'), 'day');
-  v_since   timestamptz := coalesce(get_usage.since, date_trunc('month', credits.now(), v_account.time_zone));
+  v_since   timestamptz := coalesce(get_usage.since, credits._window('month', credits.now(), v_account.time_zone));
 begin
   return query
     select case v_by

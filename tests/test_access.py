@@ -1,6 +1,7 @@
 """Who may use what: every gate in its order, for a look as for the use; every combination of a catalogue."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -266,6 +267,38 @@ def test_what_the_catalogue_does_not_know_is_an_error(ledger: Ledger, verb: str)
     operate(ledger, "update credits.rates r set valid_until = %s", NOON)
     with refused(404, "rate_not_found", capability="chat"):
         getattr(ledger, verb)("alpha", "chat", 1, **more)
+
+
+@pytest.mark.parametrize("price", [{"flat": 1}, {"credits": 1}])
+def test_an_empty_code_is_none_that_there_is(ledger: Ledger, price: Json) -> None:
+    document = catalogue()
+    document["rates"] = [{"capability": name, "price": price} for name in CAPABILITIES]
+    apply(ledger, document)
+    ledger.open_account("alpha", plan="free")
+    ledger.grant(10)
+    for what in ("quality", "model"):
+        look = ledger.check_access("alpha", "chat", 1, **{what: ""})
+        assert (look.gate, look.code) == (what, f"{what}_not_in_plan")
+        with refused(403, look.code):
+            ledger.authorize_usage("alpha", "chat", 1, usage_id="u", **{what: ""})
+
+
+def test_units_that_a_flat_price_does_not_know_are_refused_by_a_look_too(ledger: Ledger) -> None:
+    document = catalogue()
+    document["rates"] = [
+        {"capability": name, "price": {"lines": [{"flat": 1, "unit": "pages"}, {"flat": 2, "unit": unit}]}}
+        for name, unit in {**dict.fromkeys(CAPABILITIES, "pages"), "title": "words"}.items()
+    ]
+    apply(ledger, document)
+    ledger.open_account("alpha", plan="free")
+    ledger.grant(10)
+    for verb in (ledger.check_access, partial(ledger.authorize_usage, usage_id="a"), ledger.quote):
+        with refused(400, "invalid_request", argument="units", unknown=["words"]):
+            verb("alpha", "chat", 5)
+    for number, (capability, units) in enumerate([("chat", None), ("title", None), ("title", 5)]):
+        assert ledger.check_access("alpha", capability, units).amount == 3
+        assert ledger.authorize_usage("alpha", capability, units, usage_id=f"b{number}").amount == 3
+    assert_sound(ledger)
 
 
 def test_an_account_without_a_plan_has_the_default_one(ledger: Ledger) -> None:

@@ -225,6 +225,8 @@ PROBLEMS: list[Any] = [  # what is changed, to what, what is said of it, and whe
     ("rates.0.valid_from", "2026-02-30", None),
     ("rates.0.valid_from", "2026-01-01T00:00:00", None),
     ("rates.0.valid_from", "infinity", None),
+    ("rates.0.valid_from", "9999-12-31T23:59:59-01", None),
+    ("rates.0.valid_from", "0001-01-01T00:00:00+01", None),
     ("rates.2", {"capability": "outline", "price": 7}, "the same rate is given above"),
     ("rates", [], "has no rate in force", "plans.free.capabilities.outline"),
     ("rates", [],

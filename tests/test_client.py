@@ -27,7 +27,7 @@ from psycopg_pool import AsyncConnectionPool, ConnectionPool
 from servers import Database, Engine, until
 
 import pgcredits
-from pgcredits import CreditsError
+from pgcredits import CreditsError, client
 
 SERVICE = "-c role=credits_service"
 SHORT = timedelta(seconds=1)
@@ -642,6 +642,48 @@ def test_a_cancellation_that_comes_while_leaving_is_not_lost(shop: Ledger, marke
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(work(error))
     assert held(shop) == 120  # of the work that was done, and could not be settled; the other one is given back
+
+
+@pytest.mark.parametrize("usage_id", [None, "job-7"])
+@pytest.mark.parametrize("committed", [True, False])
+def test_an_entering_that_is_interrupted_leaves_no_hold_that_nobody_knows(
+    usage_id: str | None,
+    committed: bool,
+    plain: Connection[Any],
+    shop: Ledger,
+    market: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    call, call_async = client._call, client._call_async  # noqa: SLF001
+
+    def interrupted(conn: Any, function: str, *arguments: Any) -> Any:
+        row = call(conn, function, *arguments) if committed or function != "authorize_usage" else None
+        if function == "authorize_usage":
+            raise KeyboardInterrupt
+        return row
+
+    async def cancelled(conn: Any, function: str, *arguments: Any) -> Any:
+        row = await call_async(conn, function, *arguments) if committed or function != "authorize_usage" else None
+        if function == "authorize_usage":
+            raise asyncio.CancelledError
+        return row
+
+    async def work() -> None:
+        async with (
+            await connected(market) as conn,
+            pgcredits.usage_async(conn, "alpha", "chapter", 1200, usage_id=usage_id),
+        ):
+            pytest.fail("entered")
+
+    monkeypatch.setattr(client, "_call", interrupted)
+    monkeypatch.setattr(client, "_call_async", cancelled)
+    with left_by(KeyboardInterrupt), pgcredits.usage(plain, "alpha", "chapter", 1200, usage_id=usage_id):
+        pytest.fail("entered")
+    with left_by(asyncio.CancelledError):
+        asyncio.run(work())
+    assert held(shop) == (120 if committed and usage_id else 0)
+    assert not caplog.records
 
 
 def test_async_extends_the_hold_while_the_work_runs(shop: Ledger, market: Database) -> None:

@@ -173,6 +173,34 @@ def test_an_hour_that_comes_twice_is_two_windows(ledger: Ledger) -> None:
     call(ledger)
 
 
+@pytest.mark.parametrize(
+    ("zone", "midnight"),
+    [("Atlantic/Azores", datetime(2030, 10, 27, tzinfo=UTC)), ("America/Havana", datetime(2026, 11, 1, 4, tzinfo=UTC))],
+)
+def test_a_day_that_has_two_midnights_begins_with_the_first(ledger: Ledger, zone: str, midnight: datetime) -> None:
+    ledger.now = midnight - DAY
+    offer(ledger, {"calls": 2, "per": "day"}, {"units": 10, "per": "month"})
+    ledger.set_time_zone("alpha", zone)
+    ledger.set_member("alpha", "m", monthly_limit=10)
+    ledger.now = midnight - TICK
+    calls(ledger, 2)
+    with refused(429, "rate_limited", resets_at=midnight.isoformat()):
+        call(ledger)
+    ledger.now = midnight
+    assert used(ledger)[0] == 0
+    released = call(ledger, 5, member_id="m", ttl=2 * HOUR)  # at 00:00
+    ledger.settle_usage("alpha", call(ledger, 2), 1)
+    ledger.now += 70 * MINUTE  # at 00:10 again; what was called the day before has run out
+    with refused(429, "rate_limited", resets_at=(midnight + 25 * HOUR).isoformat()):
+        call(ledger)
+    assert_sound(ledger)
+    ledger.release("alpha", released)
+    assert used(ledger) == [1, 1]
+    (total,) = ledger.get_usage("alpha", group_by="capability")
+    assert total.credits == 1
+    assert_sound(ledger)
+
+
 def test_a_time_zone_that_changes_gives_nothing_anew(ledger: Ledger) -> None:
     offer(ledger, {"calls": 2, "per": "day"})
     calls(ledger, 2)
@@ -267,6 +295,38 @@ def test_what_is_released_is_given_back(ledger: Ledger, rolling: bool) -> None:
         assert limit.resets_at == NOON + 2 * MINUTE + DAY
     with refused(429, "monthly_cap_reached"):
         call(ledger, 31)
+    assert_sound(ledger)
+
+
+def test_what_is_released_is_given_back_to_its_own_capability(ledger: Ledger) -> None:
+    names = ("image", "image/large", "image/large/rolling")
+    uses = {"limits": [{"calls": 2, "per": "hour", "rolling": True}, {"calls": 2, "per": "day"}]}
+    document = {
+        "capabilities": {name: {"unit": "words"} for name in names},
+        "plans": {"team": {"name": "Team", "capabilities": dict.fromkeys(names, uses)}},
+        "rates": [{"capability": name, "price": {"credits": 1}} for name in names],
+    }
+    ledger.rows("apply_catalog", catalog=Jsonb(document))
+    ledger.open_account("alpha", plan="team")
+    ledger.grant(100)
+    begun = {name: [call(ledger, capability=name) for _ in range(2)] for name in names}
+    for left in (1, 0):
+        for place, name in enumerate(names):
+            ledger.release("alpha", begun[name].pop())
+            assert used(ledger) == [left, left] * (place + 1) + [left + 1, left + 1] * (2 - place)
+    assert_sound(ledger)
+
+
+def test_what_is_released_after_it_left_its_rolling_window_takes_no_other_call_along(ledger: Ledger) -> None:
+    rolling = {"per": "minute", "rolling": True}
+    offer(ledger, {"calls": 5, **rolling}, everywhere=({"calls": 9, **rolling},))
+    old = call(ledger)
+    ledger.now += 2 * MINUTE
+    calls(ledger, 5)
+    ledger.release("alpha", old)
+    assert used(ledger) == [5, 5]
+    with refused(429, "rate_limited"):
+        call(ledger)
     assert_sound(ledger)
 
 

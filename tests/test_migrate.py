@@ -51,6 +51,17 @@ def test_twice_changes_nothing(empty_database: Database) -> None:
     assert empty_database.dump() == before
 
 
+def test_what_plans_offer_is_what_the_new_version_makes_of_the_catalogue(database: Database) -> None:
+    with database.connect("credits_owner") as owner:
+        owner.execute(
+            "insert into credits.offers values ('free', 'x', '', '', 'free', null, null, 1, null, 1, 'infinity')"
+        )
+    with database.connect(autocommit=True) as conn:
+        assert [finding.invariant for finding in Client(conn).audit()] == ["offers_are_what_plans_say"]
+        migrate.migrate(database.dsn)
+        assert Client(conn).audit() == []
+
+
 def test_four_processes_at_once(empty_database: Database) -> None:
     command = [sys.executable, "-m", "pgcredits", "migrate", "--dsn", empty_database.dsn]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]

@@ -347,6 +347,22 @@ def test_other_credits_of_a_plan_count_from_the_next_month_on(ledger: Ledger) ->
     assert_sound(ledger)
 
 
+def test_credits_that_a_plan_gets_within_the_month_are_read_as_they_are_booked(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="zero")
+    ledger.grant(10)
+    ledger.reserve("alpha", 5, "r")
+    ledger.change("update credits.plans set monthly_credits = 100 where code = 'zero'")
+    ledger.now += HOUR  # the hold has run out, and nobody has booked it
+    seen = ledger.sums()
+    ledger.book()
+    assert seen == ledger.sums() == (10, 0, 10, 0)
+    ledger.now = FEBRUARY
+    seen = ledger.sums()
+    ledger.book()
+    assert seen == ledger.sums() == (110, 0, 110, 0)
+    assert_sound(ledger)
+
+
 def test_a_change_at_the_very_boundary_is_of_the_new_month(ledger: Ledger) -> None:
     ledger.open_account("alpha", plan="basic")
     ledger.now = FEBRUARY

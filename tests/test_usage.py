@@ -209,6 +209,16 @@ def test_an_id_of_a_reservation_is_taken(ledger: Ledger) -> None:
         write(ledger)
 
 
+def test_nor_is_a_reservation_a_use_that_looks_just_like_it(ledger: Ledger) -> None:
+    ledger.reserve("alpha", 50, "open", capability="outline")
+    ledger.reserve("alpha", 50, "over", capability="outline")
+    ledger.settle("alpha", "over", 50)
+    for usage_id in ("open", "over"):
+        with ledger.unchanged(), refused(409, "idempotency_conflict", operation="reserve", key=usage_id):
+            ledger.authorize_usage("alpha", "outline", usage_id=usage_id)
+    assert_sound(ledger)
+
+
 def test_what_was_released_costs_nothing(ledger: Ledger) -> None:
     write(ledger)
     ledger.release("alpha", "u")
@@ -326,6 +336,60 @@ def test_a_quote_is_honoured_for_a_while(ledger: Ledger) -> None:
     with refused(409, "quote_expired"):
         ledger.authorize_usage("alpha", "chapter", 1, usage_id="c", **pinned)
     assert ledger.quote("alpha", "outline", 1).amount == 70
+
+
+def test_a_quote_is_honoured_however_often_the_price_changes_meanwhile(ledger: Ledger) -> None:
+    apply(ledger, dearer(60))
+    quote = ledger.quote("alpha", "outline", 1)
+    ledger.now += MINUTE
+    apply(ledger, dearer(70))
+    ledger.now += MINUTE
+    apply(ledger, dearer(80))
+    pinned = {"rate_id": quote.rate_id}
+    assert ledger.authorize_usage("alpha", "outline", 1, usage_id="a", **pinned).amount == 60
+    ledger.now += 14 * MINUTE - TICK
+    assert ledger.authorize_usage("alpha", "outline", 1, usage_id="b", **pinned).amount == 60
+    ledger.now += TICK
+    with refused(409, "quote_expired", rate_id=quote.rate_id):
+        ledger.authorize_usage("alpha", "outline", 1, usage_id="c", **pinned)
+
+
+def test_a_quote_is_honoured_when_a_more_exact_rate_comes(ledger: Ledger) -> None:
+    ledger.now += HOUR
+    quote = ledger.quote("alpha", "chapter", 100, quality="best")
+    exact = {"capability": "chapter", "quality": "best", "price": 7}
+    ledger.now += MINUTE
+    apply(ledger, {"rates": [*CATALOG["rates"], exact]})  # which says of no time that it was not in force
+    use: Callable[..., Any] = partial(ledger.authorize_usage, "alpha", "chapter", 100, quality="best")
+    assert use(usage_id="a", rate_id=quote.rate_id).amount == quote.amount == 20
+    assert use(usage_id="b").amount == 7
+    ledger.now += 15 * MINUTE
+    with refused(409, "quote_expired"):
+        use(usage_id="c", rate_id=quote.rate_id)
+
+
+def test_a_quote_of_a_price_to_come_is_none(ledger: Ledger) -> None:
+    coming = (ledger.now + MINUTE).isoformat()
+    apply(ledger, {"rates": [*CATALOG["rates"], {"capability": "outline", "price": 7, "valid_from": coming}]})
+    with ledger.as_owner():
+        (rate,) = ledger.query("select r.rate_id from credits.rates r where r.valid_from > %s", ledger.now)
+    with refused(409, "quote_expired", rate_id=rate.rate_id):
+        ledger.authorize_usage("alpha", "outline", 1, usage_id="a", rate_id=rate.rate_id)
+
+
+def test_work_in_flight_is_settled_in_the_unit_that_it_was_priced_in(ledger: Ledger) -> None:
+    ledger.authorize_usage("alpha", "chapter", 1000, usage_id="words")
+    ledger.authorize_usage("alpha", "chat", 1000, usage_id="one of two")
+    ledger.authorize_usage("alpha", "outline", usage_id="flat")
+    units = {name: {**CATALOG["capabilities"][name], "unit": "pages"} for name in ("chapter", "chat", "outline")}
+    apply(ledger, {"capabilities": CATALOG["capabilities"] | units, "rates": CATALOG["rates"]})
+    row = ledger.settle_usage("alpha", "words", 500)
+    assert (row.charged, row.units, row.unit_counts) == (50, 500, {"words": 500})
+    assert ledger.settle_usage("alpha", "one of two", 500).unit_counts == {"input_tokens": 500}
+    assert ledger.settle_usage("alpha", "flat", 3).charged == 50
+    assert ledger.authorize_usage("alpha", "chapter", 10, usage_id="pages").amount == 1
+    assert ledger.settle_usage("alpha", "pages", 10).unit_counts == {"pages": 10}
+    assert_sound(ledger)
 
 
 # Many at once --------------------------------------------------------------------------------------------------------
