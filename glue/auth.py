@@ -84,6 +84,12 @@ class Verifier:
         }
         self._threads = ThreadPoolExecutor(8, "jwks")  # a fetch blocks, and takes its time
 
+    @property
+    def roles(self) -> list[str]:
+        """Every role that a token may have here; none where nobody is believed."""
+        services = self._secret or any(issuer.service for issuer in self._issuers.values())
+        return [USER, SERVICE] if services else [USER] if self._issuers else []
+
     async def caller(self, request: Request) -> Caller:
         """Who sent a request. Raises Refused: 401 no or a bad token, 403 not our role, 503 the issuer is down."""
         given = request.headers.getlist("authorization")

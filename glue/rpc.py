@@ -129,15 +129,13 @@ class Catalog:
         self._functions: dict[str, dict[str, list[Function]]] = {}
         self._read_at: dict[str, float] = {}
         self._doubted: set[str] = set()
-        self._reading = asyncio.Lock()
+        self._readings: dict[str, asyncio.Task[None]] = {}
 
     async def find(self, schema: str, name: str, given: set[str]) -> Function:
         """The function that takes these arguments. Raises Refused."""
         found = self._matching(schema, name, given)
-        if len(found) != 1 or schema in self._doubted or self._age(schema) >= OLD:
-            async with self._reading:
-                if self._age(schema) >= STALE:
-                    await self._read(schema)
+        if (len(found) != 1 or schema in self._doubted or self._age(schema) >= OLD) and self._age(schema) >= STALE:
+            await self._read_together(schema)
             found = self._matching(schema, name, given)
         if len(found) == 1:
             return found[0]
@@ -155,6 +153,13 @@ class Catalog:
 
     def _age(self, schema: str) -> float:
         return time.monotonic() - self._read_at.get(schema, -OLD)
+
+    async def _read_together(self, schema: str) -> None:
+        # Who waits shares its failure, too: one after the other, each would wait anew for a database that is gone.
+        if not (reading := self._readings.get(schema)):
+            reading = self._readings[schema] = asyncio.create_task(self._read(schema))
+            reading.add_done_callback(lambda _: self._readings.pop(schema))
+        await asyncio.shield(reading)
 
     async def _read(self, schema: str) -> None:
         functions: dict[str, list[Function]] = defaultdict(list)
@@ -207,6 +212,12 @@ class Forwarder:
             query = asked.query((source, []), scalar=False, counted=asked.count is not None)
             row = await self._run(schema, query, asked, caller, writes=False)
         return answer(request, asked, row, one=False, void=False)
+
+    async def ready(self) -> None:
+        """Refused where the door's login may not take on a role that a token can give. Raises as Database.call does."""
+        for role in self.verifier.roles:
+            async with self.database.transaction(role="") as conn:
+                await prepare(conn, [SCHEMAS[0], f"{self.settings.statement_timeout}s", role, "", "on"])
 
     async def _call(
         self, function: Function, body: str, names: list[str], asked: Reading, caller: Caller, *, writes: bool
