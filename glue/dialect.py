@@ -163,8 +163,8 @@ def _filter(name: str, value: str) -> Part:
 def _members(text: str) -> list[str]:
     if not re.fullmatch(rf"\({LISTED.pattern}(,{LISTED.pattern})*\)", text, re.DOTALL):
         raise _unknown("filter", text)
-    found = (match[0] for match in LISTED.finditer(text[1:-1]))
-    return [re.sub(r"\\(.)", r"\1", one[1:-1], flags=re.DOTALL) if one[0] == '"' else one for one in found if one]
+    found = re.findall(rf"(?:^|,)({LISTED.pattern})", text[1:-1], re.DOTALL) if text != "()" else []
+    return [re.sub(r"\\(.)", r"\1", one[1:-1], flags=re.DOTALL) if one[:1] == '"' else one for one in found]
 
 
 def _page(request: Request, plain: dict[str, str]) -> tuple[int | None, int]:
