@@ -35,6 +35,7 @@ from pgcredits.worker import Worker
 SCHEMAS = ("credits_api", "credits")  # the first is meant where none is named
 OURS = 500  # errors from here on are for our log, too
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+READING = 10.0  # seconds that a look at the functions may take
 STALE = 3.0  # seconds after which a function that is not known is looked for again,
 OLD = 60.0  # and those that are known
 GRACE = 2.0  # seconds that the database may take beside its statement
@@ -163,7 +164,7 @@ class Catalog:
 
     async def _read(self, schema: str) -> None:
         functions: dict[str, list[Function]] = defaultdict(list)
-        async with self._database.transaction() as conn:
+        async with asyncio.timeout(READING), self._database.transaction() as conn:
             await conn.execute("select set_config('search_path', '', true)")  # then every type of ours has its schema
             for row in await (await conn.execute(FUNCTIONS, [schema])).fetchall():
                 names, types = row.pop("names"), row.pop("types")

@@ -267,6 +267,21 @@ def test_a_login_that_may_not_act_for_callers_is_told_before_they_come(shapes: D
 
 
 @ONE_ENGINE
+def test_who_waits_for_the_list_of_functions_does_not_wait_for_ever(
+    shapes: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "READING", 1.0)
+    monkeypatch.setattr(rpc, "STALE", 0.3)
+    with forwarder(shapes) as door, shapes.admin() as admin:
+        assert rpc_(door, "add", {"a": 1}).json() == 11
+        with admin.transaction():
+            admin.execute("lock table pg_catalog.pg_proc in access exclusive mode")  # as vacuum full does
+            time.sleep(0.4)
+            assert error(rpc_(door, "nosuch")) == (503, "PGRST000")
+        assert error(rpc_(door, "nosuch")) == (404, "PGRST202")
+
+
+@ONE_ENGINE
 def test_a_deploy_is_noticed(shapes: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = "language sql stable set search_path = pg_catalog, pg_temp"
     monkeypatch.setattr(rpc, "STALE", 0.3)
