@@ -82,7 +82,7 @@ class Verifier:
         self._keys = {
             name: Keys(issuer.jwks, lifespan=KEYS_LAST, timeout=FETCH) for name, issuer in self._issuers.items()
         }
-        # A fetch blocks, and takes its time: that of one issuer must not be the others'. One at a time, as its client has it.
+        # A fetch blocks, and takes its time, which must not be that of other issuers. Its client does one at a time.
         self._threads = {name: ThreadPoolExecutor(1, "jwks") for name in self._issuers}
 
     @property

@@ -166,11 +166,11 @@ def test_platform_roles_have_what_ours_have_after_every_deploy(supabase: Databas
         assert rights("anon") == set()
 
         with supabase.admin() as admin:
-            admin.execute("create role \"Short lived\"")
+            admin.execute('create role "Short lived"')
             conn.execute("select credits._enable_role('Short lived', 'user')")
             conn.commit()
-            admin.execute("drop owned by \"Short lived\"")
-            admin.execute("drop role \"Short lived\"")
+            admin.execute('drop owned by "Short lived"')
+            admin.execute('drop role "Short lived"')
         conn.execute("select credits._disable_role('Short lived')")  # else whoever is called so next would have it all
         assert conn.execute("select role from credits.enabled_roles where role = 'Short lived'").fetchall() == []
 
