@@ -188,9 +188,10 @@ def out_of_range(details: str | None) -> Refused:
 
 
 def _accepted(request: Request) -> str:
-    wanted = [one.split(";")[0].strip().lower() for one in request.headers.get("accept", "*/*").split(",")]
+    wanted = [one.strip().lower() for one in request.headers.get("accept", "*/*").split(",")]
     for one in wanted:
-        if one in ACCEPTED:
-            return ACCEPTED[one]
+        kind, _, more = one.partition(";")
+        if kind.strip() in ACCEPTED and "nulls=stripped" not in more:
+            return ACCEPTED[kind.strip()]
     message = f"None of these media types are available: {', '.join(wanted)[:200]}"
     raise Refused(406, message, None, code="PGRST107")

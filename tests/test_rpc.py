@@ -161,7 +161,8 @@ def test_questions_that_are_not_understood(door: Door) -> None:
         assert error(get(door, f"/{view}")) == (404, "PGRST205"), view
     for function in ("a%22dd", "add()", "%25s", "pg_sleep", "_fail", "set_config"):
         assert error(rpc_(door, function, {"a": 1})) == (404, "PGRST202"), function
-    for accept in ("text/csv", "application/xml", "application/geo+json", "image/png, text/html", ""):
+    unstripped = "application/vnd.pgrst.object+json;nulls=stripped"
+    for accept in ("text/csv", "application/xml", "application/geo+json", "image/png, text/html", "", unstripped):
         assert error(get(door, "/numbers", Accept=accept)) == (406, "PGRST107"), accept
     for accept in ("*/*", "text/html, application/json;q=0.9", "application/*", "APPLICATION/JSON; charset=utf-8"):
         assert get(door, "/numbers?limit=1", Accept=accept).status_code == 200
