@@ -128,7 +128,7 @@ class Verifier:
         role = ROLES.get(claims.get("role")) if isinstance(claims.get("role"), str | None) else None
         if role is None or (role == SERVICE and issuer and not issuer.service):
             raise Refused(403, "permission denied to set role", "The token's role is not one of ours.", code="42501")
-        return Caller(role, json.dumps({**claims, "role": role}, allow_nan=False))
+        return Caller(role, json.dumps({**claims, "role": role}, allow_nan=False))  # NaN is no JSON: a bad token
 
     def _decoded(
         self, token: str, key: Any, algorithms: list[str], audience: tuple[str, ...], need: list[str], **more: Any

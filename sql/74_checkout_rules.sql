@@ -32,7 +32,8 @@ begin
   end if;
 end $$;
 
--- What is refused by name is what we read in events: a purchase that called itself a top-up would be paid once and granted twice.
+-- What is refused by name is what we read in events. The payment of a checkout has its metadata: one that called itself a
+-- top-up would be paid once and granted twice.
 create or replace function credits._is_stripe_metadata(metadata jsonb)
 returns boolean
 language sql

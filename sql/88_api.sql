@@ -132,8 +132,8 @@ end $$;
 
 -- Views ---------------------------------------------------------------------------------------------------------------
 
--- Those over functions show the account that is asked for, not the one that is answered: a filter by it then comes before the
--- calls, and who has many accounts waits for one alone.
+-- Those over functions show the account that is asked for, not the one that is answered: then a filter by it comes before
+-- the calls, and who has many accounts waits for one alone.
 
 create or replace view credits_api.accounts with (security_invoker = on) as
   select a.account_id, a.kind, a.status, a.created_at
