@@ -67,12 +67,15 @@ async def healthz(_: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """200 if the database answers, has the schema and takes writes; 503 says what is wrong."""
+    """200 if the database answers, has the schema, takes writes, and lets this door forward; 503 says what is wrong."""
     database: Database = request.app.state.database
+    forwarder: rpc.Forwarder = request.app.state.forwarder
     try:
         problem = await database.ready()
         if not problem:
             problem = " ".join([row["ready"] for row in await database.call("ready")])
+        if not problem:
+            await forwarder.ready()
     except psycopg.errors.UndefinedFunction:
         problem = "the schema is older than this program; run: pgcredits migrate"
     except (psycopg.Error, PoolTimeout, OSError) as error:

@@ -82,7 +82,14 @@ class Verifier:
         self._keys = {
             name: Keys(issuer.jwks, lifespan=KEYS_LAST, timeout=FETCH) for name, issuer in self._issuers.items()
         }
-        self._threads = ThreadPoolExecutor(8, "jwks")  # a fetch blocks, and takes its time
+        # A fetch blocks, and takes its time, which must not be that of other issuers. Its client does one at a time.
+        self._threads = {name: ThreadPoolExecutor(1, "jwks") for name in self._issuers}
+
+    @property
+    def roles(self) -> list[str]:
+        """Every role that a token may have here; none where nobody is believed."""
+        services = self._secret or any(issuer.service for issuer in self._issuers.values())
+        return [USER, SERVICE] if services else [USER] if self._issuers else []
 
     async def caller(self, request: Request) -> Caller:
         """Who sent a request. Raises Refused: 401 no or a bad token, 403 not our role, 503 the issuer is down."""
@@ -115,13 +122,13 @@ class Verifier:
                 raise jwt.InvalidAlgorithmError  # before its key is looked for
             loop = asyncio.get_running_loop()
             key = await loop.run_in_executor(
-                self._threads, self._keys[name].get_signing_key, unverified["header"].get("kid")
+                self._threads[name], self._keys[name].get_signing_key, unverified["header"].get("kid")
             )
             claims = self._decoded(token, key, ASYMMETRIC, issuer.audience, ["iss", "sub"], issuer=name)
         role = ROLES.get(claims.get("role")) if isinstance(claims.get("role"), str | None) else None
         if role is None or (role == SERVICE and issuer and not issuer.service):
             raise Refused(403, "permission denied to set role", "The token's role is not one of ours.", code="42501")
-        return Caller(role, json.dumps({**claims, "role": role}))
+        return Caller(role, json.dumps({**claims, "role": role}, allow_nan=False))  # NaN is no JSON: a bad token
 
     def _decoded(
         self, token: str, key: Any, algorithms: list[str], audience: tuple[str, ...], need: list[str], **more: Any

@@ -163,8 +163,8 @@ def _filter(name: str, value: str) -> Part:
 def _members(text: str) -> list[str]:
     if not re.fullmatch(rf"\({LISTED.pattern}(,{LISTED.pattern})*\)", text, re.DOTALL):
         raise _unknown("filter", text)
-    found = (match[0] for match in LISTED.finditer(text[1:-1]))
-    return [re.sub(r"\\(.)", r"\1", one[1:-1], flags=re.DOTALL) if one[0] == '"' else one for one in found if one]
+    found = re.findall(rf"(?:^|,)({LISTED.pattern})", text[1:-1], re.DOTALL) if text != "()" else []
+    return [re.sub(r"\\(.)", r"\1", one[1:-1], flags=re.DOTALL) if one[:1] == '"' else one for one in found]
 
 
 def _page(request: Request, plain: dict[str, str]) -> tuple[int | None, int]:
@@ -188,9 +188,10 @@ def out_of_range(details: str | None) -> Refused:
 
 
 def _accepted(request: Request) -> str:
-    wanted = [one.split(";")[0].strip().lower() for one in request.headers.get("accept", "*/*").split(",")]
+    wanted = [one.strip().lower() for one in request.headers.get("accept", "*/*").split(",")]
     for one in wanted:
-        if one in ACCEPTED:
-            return ACCEPTED[one]
+        kind, _, more = one.partition(";")
+        if kind.strip() in ACCEPTED and "nulls=stripped" not in more:
+            return ACCEPTED[kind.strip()]
     message = f"None of these media types are available: {', '.join(wanted)[:200]}"
     raise Refused(406, message, None, code="PGRST107")

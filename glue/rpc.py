@@ -35,6 +35,7 @@ from pgcredits.worker import Worker
 SCHEMAS = ("credits_api", "credits")  # the first is meant where none is named
 OURS = 500  # errors from here on are for our log, too
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+READING = 10.0  # seconds that a look at the functions may take
 STALE = 3.0  # seconds after which a function that is not known is looked for again,
 OLD = 60.0  # and those that are known
 GRACE = 2.0  # seconds that the database may take beside its statement
@@ -129,15 +130,13 @@ class Catalog:
         self._functions: dict[str, dict[str, list[Function]]] = {}
         self._read_at: dict[str, float] = {}
         self._doubted: set[str] = set()
-        self._reading = asyncio.Lock()
+        self._readings: dict[str, asyncio.Task[None]] = {}
 
     async def find(self, schema: str, name: str, given: set[str]) -> Function:
         """The function that takes these arguments. Raises Refused."""
         found = self._matching(schema, name, given)
-        if len(found) != 1 or schema in self._doubted or self._age(schema) >= OLD:
-            async with self._reading:
-                if self._age(schema) >= STALE:
-                    await self._read(schema)
+        if (len(found) != 1 or schema in self._doubted or self._age(schema) >= OLD) and self._age(schema) >= STALE:
+            await self._read_together(schema)
             found = self._matching(schema, name, given)
         if len(found) == 1:
             return found[0]
@@ -156,9 +155,16 @@ class Catalog:
     def _age(self, schema: str) -> float:
         return time.monotonic() - self._read_at.get(schema, -OLD)
 
+    async def _read_together(self, schema: str) -> None:
+        # Who waits shares its failure, too: one after the other, each would wait anew for a database that is gone.
+        if not (reading := self._readings.get(schema)):
+            reading = self._readings[schema] = asyncio.create_task(self._read(schema))
+            reading.add_done_callback(lambda _: self._readings.pop(schema))
+        await asyncio.shield(reading)
+
     async def _read(self, schema: str) -> None:
         functions: dict[str, list[Function]] = defaultdict(list)
-        async with self._database.transaction() as conn:
+        async with asyncio.timeout(READING), self._database.transaction() as conn:
             await conn.execute("select set_config('search_path', '', true)")  # then every type of ours has its schema
             for row in await (await conn.execute(FUNCTIONS, [schema])).fetchall():
                 names, types = row.pop("names"), row.pop("types")
@@ -207,6 +213,12 @@ class Forwarder:
             query = asked.query((source, []), scalar=False, counted=asked.count is not None)
             row = await self._run(schema, query, asked, caller, writes=False)
         return answer(request, asked, row, one=False, void=False)
+
+    async def ready(self) -> None:
+        """Refused where the door's login may not take on a role that a token can give. Raises as Database.call does."""
+        for role in self.verifier.roles:
+            async with self.database.transaction(role="") as conn:
+                await prepare(conn, [SCHEMAS[0], f"{self.settings.statement_timeout}s", role, "", "on"])
 
     async def _call(
         self, function: Function, body: str, names: list[str], asked: Reading, caller: Caller, *, writes: bool

@@ -28,10 +28,12 @@ begin
       when 'quantity'      then 'quantity is from 1 to 999999.'
       when 'price_id'      then 'price_id chooses one of several prices of a plan.'
       else 'metadata is an object of at most 40 texts: names of up to 40 characters, values of up to 500; '
-           'account_id, package, plan, quantity, purchase_id and checkout_id are ours.' end);
+           'account_id, package, plan, quantity, purchase_id, checkout_id and top_up_id are ours.' end);
   end if;
 end $$;
 
+-- What is refused by name is what we read in events. The payment of a checkout has its metadata: one that called itself a
+-- top-up would be paid once and granted twice.
 create or replace function credits._is_stripe_metadata(metadata jsonb)
 returns boolean
 language sql
@@ -43,7 +45,7 @@ as $$
                            and coalesce(bool_and(jsonb_typeof(m.value) = 'string' and length(m.key) between 1 and 40
                                                  and length(m.value #>> '{}') <= 500 and m.key !~ '[][]'
                                                  and m.key not in ('account_id', 'package', 'plan', 'quantity', 'purchase_id',
-                                                                   'checkout_id')), true)
+                                                                   'checkout_id', 'top_up_id')), true)
                       from jsonb_each(_is_stripe_metadata.metadata) m) end
 $$;
 

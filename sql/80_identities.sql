@@ -16,10 +16,11 @@ as $$
 declare
   v_issuer credits.issuers;
   v_bad    text := case
-    when array_position(set_issuer.audiences, null) is not null or '' = any (set_issuer.audiences) then 'audiences'
+    when array_ndims(set_issuer.audiences) > 1
+         or array_position(set_issuer.audiences, null) is not null or '' = any (set_issuer.audiences) then 'audiences'
     when coalesce(set_issuer.require_aud, true) and coalesce(cardinality(set_issuer.audiences), 0) = 0 then 'audiences'
-    when cardinality(set_issuer.org_claim) = 0 or array_position(set_issuer.org_claim, null) is not null
-      then 'org_claim' end;
+    when array_ndims(set_issuer.org_claim) > 1 or cardinality(set_issuer.org_claim) = 0
+         or array_position(set_issuer.org_claim, null) is not null then 'org_claim' end;
 begin
   perform credits._check_key(set_issuer.issuer, 'issuer');
   if v_bad is not null then

@@ -132,6 +132,9 @@ end $$;
 
 -- Views ---------------------------------------------------------------------------------------------------------------
 
+-- Those over functions show the account that is asked for, not the one that is answered: then a filter by it comes before
+-- the calls, and who has many accounts waits for one alone.
+
 create or replace view credits_api.accounts with (security_invoker = on) as
   select a.account_id, a.kind, a.status, a.created_at
     from credits.accounts a;
@@ -139,7 +142,7 @@ comment on view credits_api.accounts is
   'The accounts that your token speaks for. With one of them, calls need no account_id.';
 
 create or replace view credits_api.balances with (security_invoker = on) as
-  select b.account_id, b.available, b.held, b.balance, b.debt, b.status, b.plan, b.next_expiry_at, b.next_expiry_amount,
+  select a.account_id, b.available, b.held, b.balance, b.debt, b.status, b.plan, b.next_expiry_at, b.next_expiry_amount,
          b.by_kind, b.scoped, b.pending, b.entry_seq
     from credits._my_accounts() a (account_id)
    cross join lateral credits._my_balance(a.account_id) b;
@@ -147,7 +150,7 @@ comment on view credits_api.balances is
   'The balance of each of your accounts at this instant: available is what can be spent now.';
 
 create or replace view credits_api.grants with (security_invoker = on) as
-  select g.account_id, g.grant_id, g.kind, g.amount, g.remaining, g.held, g.effective_at, g.expires_at, g.scope,
+  select a.account_id, g.grant_id, g.kind, g.amount, g.remaining, g.held, g.effective_at, g.expires_at, g.scope,
          g.description, g.created_at
     from credits._my_accounts() a (account_id)
    cross join lateral credits._my_grants(a.account_id) g;
@@ -179,7 +182,7 @@ comment on view credits_api.purchases is
   'Packages bought, from pending to what became of them. Amounts are in the minor unit of currency.';
 
 create or replace view credits_api.subscriptions with (security_invoker = on) as
-  select s.account_id, s.state, s.status, s.plan, s.may_spend, s.may_receive, s.source, s.subscription_id, s.period_start,
+  select a.account_id, s.state, s.status, s.plan, s.may_spend, s.may_receive, s.source, s.subscription_id, s.period_start,
          s.period_end, s.trial_end, s.cancel_at, s.pending_plan, s.pending_at, s.grace_until, s.as_of, s.stale
     from credits._my_accounts() a (account_id)
    cross join lateral credits._my_subscription(a.account_id) s;
@@ -187,7 +190,7 @@ comment on view credits_api.subscriptions is
   'The subscription of each of your accounts as it stands now; state none is no subscription.';
 
 create or replace view credits_api.members with (security_invoker = on) as
-  select m.account_id, m.member_id, m.role, m.monthly_limit, m.used, m.created_at
+  select a.account_id, m.member_id, m.role, m.monthly_limit, m.used, m.created_at
     from credits._my_accounts() a (account_id)
    cross join lateral credits._my_members(a.account_id) m;
 comment on view credits_api.members is

@@ -120,8 +120,8 @@ language plpgsql
 as $$
 begin
   delete from credits.enabled_roles e where e.role = _disable_role.role;
-  if found then
-    perform credits._grant_like(_disable_role.role, null);
+  if found then  -- one that was dropped meanwhile has nothing left
+    perform credits._grant_like(r.rolname, null) from pg_catalog.pg_roles r where r.rolname = _disable_role.role;
   end if;
 end $$;
 comment on function credits._disable_role(text) is 'Takes back what _enable_role() gave.';

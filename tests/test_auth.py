@@ -5,9 +5,11 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -183,13 +185,15 @@ BAD: dict[str, Callable[[], str]] = {
     "another issuer": lambda: signed(iss="https://evil.example.com"),
     "an issuer with more": lambda: signed(iss=ISSUER + "/"),
     "an issuer that is no text": lambda: forged({"alg": "RS256"}, b"x", claims(iss=[ISSUER])),
+    "no number": lambda: ours(n=float("nan")),
+    "an endless number": lambda: ours(n=float("inf")),
     "another's claims": lambda: ".".join(
         [ours().split(".")[0], b64(claims(iss=None, sub="bob")), ours().split(".")[2]]
     ),
     "an array": lambda: forged({"alg": "HS256"}, SECRET.encode(), "[1]"),
     "no JSON": lambda: forged({"alg": "HS256"}, SECRET.encode(), "{"),
     "deep JSON": lambda: forged({"alg": "HS256"}, SECRET.encode(), "[" * 4000),
-    "an endless number": lambda: forged({"alg": "HS256"}, SECRET.encode(), '{"aud": "credits", "exp": 1e999}'),
+    "an endless time": lambda: forged({"alg": "HS256"}, SECRET.encode(), '{"aud": "credits", "exp": 1e999}'),
     "five parts": lambda: "a.b.c.d.e",
     "one part": lambda: "abc",
     "letters of others": lambda: "é" + ours(),
@@ -265,6 +269,28 @@ def test_an_issuer_that_is_down_is_not_the_callers_fault(verifier: auth.Verifier
     assert time.monotonic() - began < 2
     assert jwks.fetches <= 1
     assert caller(verifier, ours()).role == "credits_user"  # others do not suffer
+
+
+def test_an_issuer_that_hangs_keeps_nobody_elses_users_waiting(jwks: Jwks) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hangs:  # takes connections, and never answers
+        silent = f"http://127.0.0.1:{hangs.getsockname()[1]}/"
+        issuers = {ISSUER: Issuer(jwks.url, ("credits",)), BACKEND: Issuer(silent, ("credits",))}
+        verifier = auth.Verifier(Settings(jwt_issuers=issuers))
+
+        async def ask(issuer: str) -> float:
+            began = time.monotonic()
+            with suppress(Refused):
+                await verifier.caller(asked(f"Bearer {signed(iss=issuer)}".encode()))
+            return time.monotonic() - began
+
+        async def main() -> tuple[float, list[float]]:
+            others = [asyncio.create_task(ask(BACKEND)) for _ in range(20)]
+            await asyncio.sleep(0.2)
+            return await ask(ISSUER), await asyncio.gather(*others)
+
+        ours, theirs = asyncio.run(main())
+        assert ours < 1
+        assert max(theirs) > 2
 
 
 def test_known_keys_outlast_an_outage(verifier: auth.Verifier, jwks: Jwks) -> None:

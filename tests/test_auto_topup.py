@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound, committed, refused, together
 from psycopg import Connection
+from psycopg.types.json import Jsonb
 from servers import Database
 from stripe_fake import KEY, StripeFake
 from stripe_params import problems
@@ -403,6 +404,16 @@ def test_money_that_does_not_fit_waits_for_somebody_to_look(ledger: Ledger) -> N
     assert ledger.event("evt_again").reason == "top_up_paid_twice"
     assert ledger.available() == 1050
     assert_sound(ledger)
+
+
+def test_a_purchase_cannot_pass_for_an_attempt(ledger: Ledger) -> None:
+    """What a buyer says of a checkout goes on to its payment: one payment would be granted twice."""
+    started(ledger)
+    decline(ledger)
+    (attempt,) = ledger.table("top_ups")
+    forged = Jsonb({"top_up_id": attempt.top_up_id})
+    with refused(400, "invalid_request", argument="metadata"):
+        ledger.create_checkout("alpha", package="starter", success_url="http://localhost", key="k", metadata=forged)
 
 
 def test_a_decline_lets_the_card_rest_for_a_day_and_the_third_one_for_good(ledger: Ledger) -> None:

@@ -244,7 +244,7 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("grant_credits", "kind"): {INVALID: ["", "salary", LONG]},
     ("grant_credits", "expires_at"): {INVALID: [NOON, NOON - DAY, "infinity", "-infinity"]},
     ("grant_credits", "effective_at"): {INVALID: ["infinity", "-infinity"]},
-    ("grant_credits", "scope"): {INVALID: [[], [None], ["image", None]]},
+    ("grant_credits", "scope"): {INVALID: [[], [None], ["image", None], [["image"]]]},
     ("refund_spend", "spend_key"): {INVALID: KEY[INVALID], (404, "spend_not_found"): ["unknown"]},
     ("revoke_grant", "grant_id"): {(404, "grant_not_found"): [None, 0, -1, 2**63 - 1]},
     ("transfer_credits", "from_account_id"): ACCOUNT,
@@ -334,8 +334,8 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("link_identity", "issuer"): {INVALID: KEY[INVALID], (404, "issuer_not_found"): ["https://other.example", "x"]},
     **{(verb, "subject"): KEY for verb in ("link_identity", "unlink_identity")},
     **{(verb, "kind"): {INVALID: ["", "User", "organization", LONG]} for verb in ("link_identity", "unlink_identity")},
-    ("set_issuer", "audiences"): {INVALID: [None, [], [""], [None], ["credits", None]]},
-    ("set_issuer", "org_claim"): {INVALID: [[], [None]]},
+    ("set_issuer", "audiences"): {INVALID: [None, [], [""], [None], ["credits", None], [["credits"]]]},
+    ("set_issuer", "org_claim"): {INVALID: [[], [None], [["o", "id"]]]},
     ("set_time_zone", "time_zone"): {INVALID: [None, "", "Mars/Olympus", "europe/berlin", "+02:00", LONG]},
 }
 

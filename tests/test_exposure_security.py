@@ -348,6 +348,18 @@ def test_a_page_of_one_account_among_many_rows_is_read_by_an_index(prepared: Dat
                 assert scan.get("Rows Removed by Filter", 0) == 0, plan
 
 
+def test_a_view_filtered_by_account_asks_for_that_account_alone(ledger: Ledger) -> None:
+    for number in range(9):
+        ledger.link_identity(ledger.open(f"more-{number}"), ISSUER, "user-alpha")
+    browser = Browser(ledger.conn)
+    for view in ("balances", "grants", "subscriptions", "members"):
+        query = f"select * from credits_api.{view} v where v.account_id = 'alpha'"
+        assert {row.account_id for row in browser.query(query)} == {"alpha"}
+        (((plan,),),) = browser.query(f"explain (analyze, format json) {query}")
+        calls = [node["Actual Loops"] for node in nodes(plan["Plan"]) if node["Node Type"] == "Function Scan"]
+        assert calls == [1, 1], view
+
+
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A node of a plan and all below it."""
     yield plan

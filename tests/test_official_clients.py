@@ -14,7 +14,7 @@ OBJECTS = f"""
 create type credits_api.pair as (a numeric, b text);
 create view credits_api.numbers with (security_invoker = on) as
   select n::bigint as n, 'row ' || n as name, nullif(n % 5, 0) as rest, n % 2 = 0 as even, n * 0.5 as half,
-         jsonb_build_object('n', n) as more, array[n, n + 1] as list
+         jsonb_build_object('n', n) as more, array[n, n + 1] as list, left('abcd', (n % 5)::integer) as letters
     from generate_series(1, 1500) n;
 grant select on credits_api.numbers to credits_user, credits_service;
 create view credits_api.hidden with (security_invoker = on) as select 1 as one;
@@ -176,6 +176,8 @@ VIEWS = [
     view(("gte", "n", 1499), ("neq", "n", 1499), select="n,name", body=[{"n": 1500, "name": "row 1500"}]),
     view(("in", "n", [7, 1, 9]), ("order", "n", "desc"), select="n", body=numbers(9, 7, 1)),
     view(("in", "name", ["row 1", "a,b"]), select="n", body=numbers(1)),
+    view(("in", "letters", ["", "a"]), ("lte", "n", 7), select="n", body=numbers(1, 5, 6)),
+    view(("in", "letters", ["a", ""]), ("lte", "n", 7), select="n", body=numbers(1, 5, 6)),
     view(("is", "rest", None), ("lte", "n", 10), select="n", body=numbers(5, 10)),
     view(("is", "even", True), ("lte", "n", 4), select="n", body=numbers(2, 4)),
     view(("not", "rest", "is", "null"), ("not", "n", "gt", 2), select="n", body=numbers(1, 2)),

@@ -1,10 +1,12 @@
 """The forwarder by itself: every header, what it refuses, what the database never hears, and the wait for Stripe."""
 
 import json
+import os
 import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from stripe_fake import KEY, StripeFake
 from test_official_clients import prepare
 
 from pgcredits import rpc
+from pgcredits.settings import Issuer
 
 ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is our own code that is tested
 USER = {"Authorization": f"Bearer {token(sub='alice')}"}
@@ -158,7 +161,8 @@ def test_questions_that_are_not_understood(door: Door) -> None:
         assert error(get(door, f"/{view}")) == (404, "PGRST205"), view
     for function in ("a%22dd", "add()", "%25s", "pg_sleep", "_fail", "set_config"):
         assert error(rpc_(door, function, {"a": 1})) == (404, "PGRST202"), function
-    for accept in ("text/csv", "application/xml", "application/geo+json", "image/png, text/html", ""):
+    unstripped = "application/vnd.pgrst.object+json;nulls=stripped"
+    for accept in ("text/csv", "application/xml", "application/geo+json", "image/png, text/html", "", unstripped):
         assert error(get(door, "/numbers", Accept=accept)) == (406, "PGRST107"), accept
     for accept in ("*/*", "text/html, application/json;q=0.9", "application/*", "APPLICATION/JSON; charset=utf-8"):
         assert get(door, "/numbers?limit=1", Accept=accept).status_code == 200
@@ -228,17 +232,54 @@ def test_a_slow_call_ends_and_the_others_are_told(shapes: Database) -> None:
 
 
 @ONE_ENGINE
-def test_a_database_that_is_gone_or_not_ours_is_503(shapes: Database) -> None:
+def test_a_database_that_is_gone_is_503_for_all_at_once(shapes: Database) -> None:
     with Door("host=127.0.0.1 port=1 user=x", jwt_secret=JWT_SECRET, pool_timeout=1) as door:
-        assert error(rpc_(door, "add", {"a": 1})) in {(504, "PGRST003"), (503, "PGRST000")}
+        began, found = time.monotonic(), [(504, "PGRST003"), (503, "PGRST000")]
+        with ThreadPoolExecutor(10) as pool:  # one after the other they would wait ten times as long
+            answers = [pool.submit(rpc_, door, "add", {"a": 1}) for _ in range(10)]
+            assert all(error(answer.result()) in found for answer in answers)
+        assert time.monotonic() - began < 5
+
+
+@ONE_ENGINE
+def test_a_login_that_may_not_act_for_callers_is_told_before_they_come(shapes: Database) -> None:
+    issuers = {"https://id.example.com": Issuer("http://127.0.0.1:1/")}
+    name = f"nobody_{os.getpid()}"
+    dsn = login(shapes).replace("credits_forwarder", name).replace("password=of-the-tests", "password=x")
     with shapes.admin() as admin:
-        admin.execute("drop role if exists nobody_at_all")
-        admin.execute("create role nobody_at_all login password 'x'")
-    dsn = login(shapes).replace("credits_forwarder", "nobody_at_all").replace("password=of-the-tests", "password=x")
-    with Door(dsn, jwt_secret=JWT_SECRET) as door:
-        assert error(get(door, "/numbers")) == (503, "PT503")
-    with shapes.admin() as admin:
-        admin.execute("drop role nobody_at_all")
+        admin.execute(f"create role {name} login noinherit password 'x'".encode())
+        try:
+            with Door(dsn, jwt_secret=JWT_SECRET) as door:
+                assert error(get(door, "/numbers")) == (503, "PT503")
+            admin.execute(f"grant credits_service to {name}".encode())
+            for believed in ({"jwt_secret": JWT_SECRET}, {"jwt_issuers": issuers}):
+                with Door(dsn, role="credits_service", **believed) as door:
+                    answer = door.http.get("/readyz")
+                    assert error(answer) == (503, "PT503")
+                    assert "credits_forwarder" in answer.json()["hint"]
+            with Door(dsn, role="credits_service") as door:  # a door for Stripe alone
+                assert door.http.get("/readyz").status_code == 200
+            admin.execute(f"grant credits_user to {name}".encode())
+            with Door(dsn, role="credits_service", jwt_secret=JWT_SECRET) as door:
+                assert door.http.get("/readyz").status_code == 200
+                assert get(door, "/numbers").status_code == 200
+        finally:
+            admin.execute(f"drop owned by {name}; drop role {name}".encode())
+
+
+@ONE_ENGINE
+def test_who_waits_for_the_list_of_functions_does_not_wait_for_ever(
+    shapes: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rpc, "READING", 1.0)
+    monkeypatch.setattr(rpc, "STALE", 0.3)
+    with forwarder(shapes) as door, shapes.admin() as admin:
+        assert rpc_(door, "add", {"a": 1}).json() == 11
+        with admin.transaction():
+            admin.execute("lock table pg_catalog.pg_proc in access exclusive mode")  # as vacuum full does
+            time.sleep(0.4)
+            assert error(rpc_(door, "nosuch")) == (503, "PGRST000")
+        assert error(rpc_(door, "nosuch")) == (404, "PGRST202")
 
 
 @ONE_ENGINE

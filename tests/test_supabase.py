@@ -165,6 +165,15 @@ def test_platform_roles_have_what_ours_have_after_every_deploy(supabase: Databas
         conn.execute("select credits._disable_role('anon'), credits._disable_role('nobody')")
         assert rights("anon") == set()
 
+        with supabase.admin() as admin:
+            admin.execute('create role "Short lived"')
+            conn.execute("select credits._enable_role('Short lived', 'user')")
+            conn.commit()
+            admin.execute('drop owned by "Short lived"')
+            admin.execute('drop role "Short lived"')
+        conn.execute("select credits._disable_role('Short lived')")  # else whoever is called so next would have it all
+        assert conn.execute("select role from credits.enabled_roles where role = 'Short lived'").fetchall() == []
+
 
 def test_it_goes_away_and_comes_back(supabase: Database) -> None:
     """The last test of the module: it takes the last migration back."""
