@@ -233,6 +233,16 @@ def erase_member(
     print(f"Erased. {done['erase_member']} rows told of {member_id}.")
 
 
+@cli.command("resume-after-restore")
+def resume_after_restore(dsn: Dsn = "") -> None:
+    """Make a database that was restored fit to go on, before the workers run: docs/operations.md."""
+    with connected(dsn) as conn:
+        (done,) = db.call(conn, "resume_after_restore")
+    print(
+        f"{done['resume_after_restore']} requests to Stripe are unknown now, and looked for before any is made again."
+    )
+
+
 @cli.command()
 def audit(dsn: Dsn = "") -> None:
     """Check every invariant over the whole database. Prints what is violated; exit code 1 if anything is."""

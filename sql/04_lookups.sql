@@ -16,6 +16,43 @@ with listed (purpose, path, narrow, mark, missing) as (values
 )
 delete from credits.stripe_lookups k where k.purpose not in (select l.purpose from listed l);
 
+create or replace function credits.resume_after_restore()
+returns bigint
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  v_request_id bigint;
+  v_aside      bigint := 0;
+begin
+  perform setval(s.name, nextval(s.name) + 1000000000)
+     from (select pg_get_serial_sequence('credits.' || quote_ident(t.relname), a.attname)::regclass as name
+             from pg_catalog.pg_class t
+             join pg_catalog.pg_attribute a on a.attrelid = t.oid and a.attidentity <> ''
+            where t.relnamespace = 'credits'::regnamespace) s;
+  for v_request_id in
+    select r.request_id
+      from credits.stripe_requests r
+     where r.state in ('queued', 'sent') and r.method = 'post'
+     order by r.request_id
+       for no key update
+  loop
+    perform credits._leave_unknown(v_request_id);
+    v_aside := v_aside + 1;
+  end loop;
+  return v_aside;
+end $$;
+comment on function credits.resume_after_restore() is
+'For a database that was restored to an earlier moment, before its workers run: what it did since is not done again.
+
+Posts to Stripe that wait may have been made since. They become unknown, and are looked for as such before anything is asked anew;
+answers how many. All numbers go on a thousand million further, so that no id that others know (an idempotency key, a purchase in
+Stripe''s metadata, the message id of a notification) is given to something else. Safe to repeat.
+Errors: none.';
+
+-- Helpers -------------------------------------------------------------------------------------------------------------
+
 -- Whether an unknown request is settled without a person: by what it made, which is looked for, or because it made nothing lasting.
 create or replace function credits._look_up(
   request credits.stripe_requests,

@@ -84,6 +84,7 @@ begin
   perform credits.release(r.account_id, r.reservation_id)
      from credits.reservations r
     where r.account_id = erase_account.account_id and r.status = 'open' and erase_account.release_holds;
+  perform credits.remove_auto_topup(erase_account.account_id);  -- or it would buy what is forfeited
   perform credits._check_idle(erase_account.account_id);
   perform credits._end_internal(s, credits.now(), 'erase_account')
      from credits.subscriptions s
@@ -114,7 +115,7 @@ comment on function credits.erase_account(text, boolean) is
 Gone are e-mail, metadata, descriptions, subjects, members, notifications'' data, and what Stripe sent of its customer but for
 ids, amounts, moments and states. The account_id, keys, reservation ids and Stripe''s ids stay: they are what the books and
 their hashes refer to. What credits are left is taken back (forfeited). Its plan of our own ends. While reservations are open
-(unless release_holds), a subscription of Stripe lives or a request to Stripe waits it is refused. Safe to repeat, which erases
+(unless release_holds), a subscription of Stripe lives, a request to Stripe waits or a top-up is on its way it is refused. Safe to repeat, which erases
 what came in since. Reads all stored events and objects of Stripe.
 Errors: 400 invalid_request, 404 account_not_found, 409 account_in_use.';
 
@@ -197,8 +198,9 @@ as $$
                                join credits.subscription_states t on t.state = s.state
                               where s.account_id = _in_use.account_id and s.source = 'stripe' and not t.terminal),
            'requests', (select count(*) from credits.stripe_requests r
-                         where r.account_id = _in_use.account_id
-                           and r.state in ('queued', 'sent', 'processing', 'requires_action')))
+                         where r.account_id = _in_use.account_id and r.state in ('queued', 'sent')),
+           'top_ups', (select count(*) from credits.top_ups t
+                        where t.account_id = _in_use.account_id and t.state in ('queued', 'processing', 'requires_action')))
 $$;
 
 create or replace function credits._is_idle(account_id text)
@@ -218,7 +220,7 @@ begin
   if not credits._is_idle(_check_idle.account_id) then
     perform credits._fail(409, 'account_in_use', credits._in_use(_check_idle.account_id),
       'Settle or release its reservations (or release_holds => true), cancel its subscription at Stripe and wait for the '
-      'event, and let its requests to Stripe be answered.');
+      'event, and let its requests to Stripe be answered and its top-up be paid or fail.');
   end if;
 end $$;
 

@@ -159,22 +159,33 @@ returns void
 language plpgsql
 as $$
 declare
+  v_request_id bigint;
+begin
+  for v_request_id in
+    select o.request_id
+      from credits.stripe_requests o
+     where (o.state = 'queued' and o.run_at <= _give_up_unknown.at
+            or o.state = 'sent' and o.locked_until <= _give_up_unknown.at)
+       and o.method = 'post' and o.first_sent_at < _give_up_unknown.at - interval '23 hours'
+       for no key update skip locked
+  loop
+    perform credits._leave_unknown(v_request_id);
+  end loop;
+end $$;
+
+-- Looked for, or told to somebody who can look.
+create or replace function credits._leave_unknown(request_id bigint)
+returns void
+language plpgsql
+as $$
+declare
   v_request credits.stripe_requests;
 begin
-  for v_request in
-    update credits.stripe_requests r
-       set state = 'unknown', locked_until = null
-      from (select o.request_id
-              from credits.stripe_requests o
-             where (o.state = 'queued' and o.run_at <= _give_up_unknown.at
-                    or o.state = 'sent' and o.locked_until <= _give_up_unknown.at)
-               and o.method = 'post' and o.first_sent_at < _give_up_unknown.at - interval '23 hours'
-               for no key update skip locked) d
-     where r.request_id = d.request_id
-    returning r.*
-  loop
-    perform credits._tell_request(v_request, 'stripe_request_unknown') where not credits._look_up(v_request);
-  end loop;
+  update credits.stripe_requests r
+     set state = 'unknown', locked_until = null, first_sent_at = coalesce(r.first_sent_at, r.created_at)
+   where r.request_id = _leave_unknown.request_id
+  returning r.* into v_request;
+  perform credits._tell_request(v_request, 'stripe_request_unknown') where not credits._look_up(v_request);
 end $$;
 
 -- A new request in the place of one that came to nothing. Who asked goes by the new one from now on.

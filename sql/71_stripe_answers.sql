@@ -83,7 +83,8 @@ as $$
     when _judge_answer.not_sent is not null                               then 'failed'
     when _judge_answer.status is null or _judge_answer.answer is null     then 'again'
     when s between 200 and 299                                            then
-      case when jsonb_typeof(_judge_answer.answer -> 'object') = 'string' then 'done' else 'again' end
+      case when 'string' in (jsonb_typeof(_judge_answer.answer -> 'object'), jsonb_typeof(_judge_answer.answer -> 'id'))
+           then 'done' else 'again' end
     when s = 401                                                          then 'refused'
     when jsonb_typeof(_judge_answer.answer -> 'error') is distinct from 'object'
                                                                           then 'again'

@@ -36,7 +36,7 @@ grant execute on function
   credits.reconcile_stripe, credits.get_reconciliation, credits.list_stripe_gaps,
   credits.health, credits.ready, credits.metrics, credits.refresh_totals, credits.run_audit, credits.get_stripe_event,
   credits.list_settings, credits.set_setting, credits.import_opening_balances,
-  credits.erase_account, credits.erase_member, credits.repeat_erasures,
+  credits.erase_account, credits.erase_member, credits.repeat_erasures, credits.resume_after_restore,
   credits.publish_catalog, credits.sync_catalog, credits.get_catalog_sync, credits.stripe_catalog_differences,
   credits.list_jobs, credits.set_job, credits.list_job_runs, credits.claim_job, credits.run_job, credits.run_due_jobs,
   credits.schedule_jobs, credits.unschedule_jobs, credits.cron_statements,

@@ -347,6 +347,10 @@ class Client:
         value: int = self.row("repeat_erasures")[0]
         return value
 
+    def resume_after_restore(self) -> int:
+        value: int = self.row("resume_after_restore")[0]
+        return value
+
     def import_opening_balances(self, balances: list[Any], **more: Any) -> list[Any]:
         return self.rows("import_opening_balances", balances=psycopg.types.json.Jsonb(balances), **more)
 

@@ -634,6 +634,32 @@ def test_a_payment_that_waits_for_its_buyer_is_let_go_of_when_the_card_changes(l
     assert_sound(ledger)
 
 
+def test_who_is_erased_is_not_topped_up(ledger: Ledger) -> None:
+    rule(ledger)
+    assert ledger.erase_account("alpha").forfeited == 1000
+    assert (requests(ledger), how(ledger)) == ([], ("off", None, None))
+    ledger.run_auto_topups()
+    assert requests(ledger) == []
+    assert_sound(ledger)
+
+
+def test_a_payment_that_was_not_sent_is_let_go_with_its_account(ledger: Ledger) -> None:
+    started(ledger)
+    assert ledger.erase_account("alpha").forfeited == 50
+    assert ledger.claim_stripe_requests() == []
+    assert_sound(ledger)
+
+
+def test_who_has_a_payment_on_its_way_is_not_erased(ledger: Ledger) -> None:
+    started(ledger)
+    answer(ledger, intent(ledger, "processing"))
+    with ledger.unchanged(), refused(409, "account_in_use", requests=0, top_ups=1):
+        ledger.erase_account("alpha")
+    ledger.tell(SUCCEEDED, intent(ledger))
+    assert ledger.erase_account("alpha").forfeited == 1050
+    assert_sound(ledger)
+
+
 @pytest.mark.parametrize("status", ["processing", "requires_action"])
 def test_a_payment_on_its_way_whose_event_is_lost_is_asked_about(ledger: Ledger, status: str) -> None:
     started(ledger)

@@ -204,3 +204,45 @@ def test_a_refund_whose_event_has_come_is_not_made_again(ledger: Ledger) -> None
     assert ledger.tell("refund.created", made(ledger, number)) == "applied"
     with ledger.unchanged(), refused(422, "invalid_amount"):
         ledger.retry_stripe_request(number)
+
+
+# After a restore -----------------------------------------------------------------------------------------------------
+
+
+def test_what_waited_in_a_dump_is_looked_for_and_not_made_twice(ledger: Ledger) -> None:
+    done, undone = refund(ledger, "done"), refund(ledger, "undone", 100)
+    ledger.create_portal_session("alpha", BACK, key="p")
+    waiting = {row.request_id for row in ledger.table("stripe_requests", "state = 'queued'")}
+    assert len(waiting - {done.request_id, undone.request_id}) == 1
+    ledger.now += 3 * DAY  # Stripe made the first since, and has forgotten its key
+    assert ledger.resume_after_restore() == 3
+    assert {kept(ledger, request_id).state for request_id in waiting} == {"unknown", "failed"}, (
+        "a portal leaves nothing"
+    )
+    looks = ledger.claim_stripe_requests(100)
+    assert {(row.method, row.path) for row in looks} == {("get", "/v1/refunds")}
+    for look in looks:
+        assert answer(ledger, look.request_id, made(ledger, done.request_id)) == "done"
+    assert (kept(ledger, done.request_id).state, kept(ledger, undone.request_id).error_type) == ("done", "never_done")
+    (again,) = ledger.claim_stripe_requests(100)
+    assert (again.method, again.params["metadata"]) == ("post", kept(ledger, undone.request_id).params["metadata"])
+    assert again.request_id > max(waiting) + 10**9
+    assert [row.amount_refunded for row in ledger.list_purchases(account_id="alpha")] == [400]
+    assert ledger.resume_after_restore() == 1, "which is not known to be undone"
+    assert_sound(ledger)
+
+
+def test_no_number_that_others_know_is_given_out_again(ledger: Ledger) -> None:
+    def newest(table: str, number: str) -> int:
+        return max(int(getattr(row, number)) for row in ledger.table(table))
+
+    before = (
+        newest("notifications", "notification_id"),
+        newest("purchases", "purchase_id"),
+        newest("grants", "grant_id"),
+    )
+    assert ledger.resume_after_restore() == 0
+    assert ledger.tell("checkout.session.completed", session("cs_2", payment_intent="pi_2"), "evt_2") == "applied"
+    after = newest("notifications", "notification_id"), newest("purchases", "purchase_id"), newest("grants", "grant_id")
+    assert all(late > early + 10**9 for early, late in zip(before, after, strict=True)), (before, after)
+    assert_sound(ledger)

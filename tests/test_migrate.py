@@ -290,6 +290,19 @@ def test_one_file_installs_with_psql_alone(empty_database: Database, database: D
     assert empty_database.dump() == database.dump()
 
 
+@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+def test_two_databases_use_different_idempotency_keys(empty_database: Database, database: Database) -> None:
+    migrate.migrate(empty_database.dsn)
+    first = []
+    for made in (empty_database, database):
+        with made.connect() as conn:
+            client = Client(conn)
+            client.open_account("a", email="a@example.com")
+            client.get_or_create_stripe_customer("a", email="a@example.com")
+            first += [row.idempotency_key for row in client.claim_stripe_requests()]
+    assert len(set(first)) == 2, first
+
+
 def test_yoyo_itself_reads_the_books(database: Database) -> None:
     parts = conninfo_to_dict(database.dsn)
     url = f"postgresql+psycopg://{parts['user']}:{parts['password']}@{parts['host']}:{parts['port']}/{parts['dbname']}"

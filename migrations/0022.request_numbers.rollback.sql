@@ -1,0 +1,2 @@
+-- Numbers go on from where they are.
+select;
