@@ -89,7 +89,7 @@ as $$
     from (select (_webhook_body.notification).*) n
 $$;
 
--- One address, and nothing that a mail server could take for two.
+-- One address, and nothing that a mail server could take for two, or a program for a word in another writing (=?...?=).
 create or replace function credits._mail_address(
   account_id text,
   target     text
@@ -102,7 +102,8 @@ as $$
     from (select case _mail_address.target
                    when 'operator' then credits._setting('operator_email') #>> '{}'
                    else (select a.email from credits.accounts a where a.account_id = _mail_address.account_id) end) m (address)
-   where m.address ~ '^[^[:space:][:cntrl:]@<>(),:;"\\]+@[^[:space:][:cntrl:]@<>(),:;"\\]+$'
+   where m.address ~ '^[^[:space:][:cntrl:]@<>(),:;"\\]+@[^[:space:][:cntrl:]@<>(),:;"\\]*[^[:space:][:cntrl:]@<>(),:;"\\.]$'
+     and position('=?' in m.address) = 0
 $$;
 
 -- Kinds for customers have words of their own; an operator gets the facts.

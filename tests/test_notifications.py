@@ -153,6 +153,21 @@ def test_e_mail_is_for_whom_it_concerns(ledger: Ledger) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("address", "sent"),
+    [
+        ("a.b+c@example.com", True), ("jürgen@müller.de", True), ("a@localhost", True), ("a@example.com.", False),
+        ("=?utf-8?q?victim=40example=2Ecom?=@x.com", False), ("a@b@example.com", False), ("a,b@example.com", False),
+        ("a@x.com\nBcc: b@x.com", False), ("A <a@x.com>", False), ("", False),
+    ],
+)  # fmt: skip
+def test_an_address_is_one_address(ledger: Ledger, *, address: str, sent: bool) -> None:
+    setting(ledger, "customer_email", '["low_balance"]')
+    ledger.change("update credits.accounts set email = %s where account_id = 'alpha'", address)
+    notify(ledger, "low_balance", "1", "alpha", {"balance": 5, "threshold": 20})
+    assert [row.address for row in ledger.claim_notifications()] == [address] * sent
+
+
 def test_every_text_says_its_values(ledger: Ledger) -> None:
     setting(ledger, "customer_email", "true")
     ledger.change("update credits.accounts set email = 'alpha@example.com'")

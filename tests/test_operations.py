@@ -335,6 +335,8 @@ def test_the_commands_of_an_operator(database: Database, capsys: pytest.CaptureF
         "Erased. 1 rows told of m1.\n",
         "",
     )
+    restored = pgcredits(database, capsys, "resume-after-restore")
+    assert (restored[0], restored[1].split(" ", 1)[0]) == (0, "0")
     assert pgcredits(database, capsys, "erase", "alpha", "--yes")[1].startswith("Erased. 4 credits were forfeited;")
     with committed(database) as ledger:
         assert figures(ledger)[("audit_violations",)] == 0
