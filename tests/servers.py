@@ -54,12 +54,12 @@ def missing(what: str, reason: str) -> None:
     pytest.skip(reason)
 
 
-def until(holds: Callable[[], Any], patience: float = 20) -> Any:
-    """Wait for what happens beside the test. Answers with what holds() says once it is true."""
+def until(holds: Callable[[], Any], patience: float = 20, tells: Callable[[], Any] = str) -> Any:
+    """Wait for what happens beside the test, and answer with what holds() says once it is true; or tells() why not."""
     deadline = time.monotonic() + patience
     while not (found := holds()):
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {patience:g} s in vain")
+            pytest.fail(f"waited {patience:g} s in vain {tells()}")
         time.sleep(0.02)
     return found
 
