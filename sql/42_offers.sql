@@ -1,5 +1,6 @@
 -- Offers: what plans let their accounts use without a limit and at a simple price, worked out whenever the catalogue
--- changes. They only answer check_access() sooner; authorize_usage() always goes the general way.
+-- changes, and by each deploy (at the end of 44_access.sql, when all that they are made of is there). They only answer
+-- check_access() sooner; authorize_usage() always goes the general way.
 
 create or replace function credits._work_out_offers()
 returns void
