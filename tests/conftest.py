@@ -48,7 +48,7 @@ def is_fast(item: pytest.Item) -> bool:
     asked = set(getattr(item, "fixturenames", ()))
     return (
         asked.isdisjoint({"database", "empty_database"})
-        and "shared" in asked
+        and not asked.isdisjoint({"shared", "stage"})
         and "pg18" in item.name
         and item.path.stem not in SLOW
     )
@@ -142,6 +142,21 @@ def shared(common: Common) -> Database:
     """A migrated database in which nothing is ever committed."""
     common.tidy()
     return common.database
+
+
+@pytest.fixture(scope="module")
+def stage(server: Engine) -> Iterator[Callable[..., Connection[Any]]]:
+    """Gives connections, each to a database of its own, in a transaction that outlasts the tests of a module.
+
+    What is prepared there costs once what it would cost each test. Tests undo what they do themselves: see undone().
+    """
+    with ExitStack() as made:
+
+        def connect(role: str = "credits_service") -> Connection[Any]:
+            common = made.enter_context(closing(Common(server)))
+            return made.enter_context(common.borrowed(role))
+
+        yield connect
 
 
 @pytest.fixture

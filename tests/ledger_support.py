@@ -158,6 +158,15 @@ class Ledger(Client):
         assert not changed, {name: sorted(set(before[name]) ^ set(after[name])) for name in changed}
 
 
+@contextmanager
+def undone(ledger: Ledger) -> Iterator[Ledger]:
+    """What the block does to the database, and to the clock, is undone."""
+    now = ledger.now
+    with ledger.conn.transaction(force_rollback=True):
+        yield ledger
+    ledger.now = now
+
+
 def told(event_id: str, event_type: str, about: Any, **more: Any) -> str:
     """An event of Stripe about an object, as it is posted."""
     event = {"id": event_id, "type": event_type, "created": int(NOON.timestamp()), "data": {"object": about}}

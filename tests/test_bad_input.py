@@ -1,12 +1,13 @@
 """Bad input of every kind, for every argument of every public verb: the documented error, and nothing has changed."""
 
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
 import psycopg
 import pytest
-from ledger_support import DAY, NOON, Ledger, refused, session
+from ledger_support import DAY, NOON, Ledger, refused, session, undone
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 
@@ -422,10 +423,10 @@ LOST = """{"id": "evt_0", "type": "customer.subscription.updated", "created": 18
   "id": "sub_1", "object": "subscription", "customer": "cus_1", "status": "active"}}}"""
 
 
-@pytest.fixture
-def ledger(conn: Connection[Any]) -> Ledger:
+@pytest.fixture(scope="module")
+def scene(stage: Callable[..., Connection[Any]]) -> Ledger:
     """Accounts with a little of everything, which bad input must leave alone."""
-    ledger = Ledger(conn)
+    ledger = Ledger(stage())
     ledger.load_demo_catalog()
     ledger.set_notification_endpoint("other", "http://localhost/")
     ledger.open("alpha", 100)
@@ -453,6 +454,12 @@ def ledger(conn: Connection[Any]) -> Ledger:
     ledger.set_issuer("https://issuer.example", audiences=["credits"])
     ledger.create_portal_session("alpha", "http://localhost", key="portal")
     return ledger
+
+
+@pytest.fixture
+def ledger(scene: Ledger) -> Iterator[Ledger]:
+    with undone(scene):
+        yield scene
 
 
 def good(ledger: Ledger, verb: str) -> dict[str, Any]:

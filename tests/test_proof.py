@@ -2,13 +2,14 @@
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import psycopg
 import pytest
-from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, session, told
+from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, session, told, undone
 from psycopg import Connection
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -96,21 +97,33 @@ INVOICE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def ledger(conn: Connection[Any]) -> Ledger:
-    ledger = Ledger(conn)
+@pytest.fixture(scope="module")
+def scene(stage: Callable[..., Connection[Any]]) -> Ledger:
+    ledger = Ledger(stage())
     busy(ledger)
     return ledger
 
 
 @pytest.fixture
-def intruder(superuser: Connection[Any]) -> Ledger:
-    """A superuser whom no trigger and no foreign key stops."""
-    ledger = Ledger(superuser)
+def ledger(scene: Ledger) -> Iterator[Ledger]:
+    with undone(scene):
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def broken_into(stage: Callable[..., Connection[Any]]) -> Ledger:
+    ledger = Ledger(stage("postgres"))
     busy(ledger)
     assert_sound(ledger)
-    superuser.execute("set local session_replication_role = replica")
     return ledger
+
+
+@pytest.fixture
+def intruder(broken_into: Ledger) -> Iterator[Ledger]:
+    """A superuser whom no trigger and no foreign key stops."""
+    with undone(broken_into):
+        broken_into.conn.execute("set local session_replication_role = replica")
+        yield broken_into
 
 
 def text_of(entry: Any) -> str:

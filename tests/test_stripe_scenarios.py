@@ -1,7 +1,6 @@
 """Whatever the order of Stripe's events, however often they come and whatever happens in between: one final state."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import permutations
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import stop_clock
 from door import Door
-from ledger_support import DAY, MINUTE, NOON, Ledger, assert_sound, together
+from ledger_support import DAY, MINUTE, NOON, Ledger, assert_sound, together, undone
 from psycopg import Connection
 from scenarios import STORIES, Outcome, changes, failures, purchases, refunds, subscriptions
 from scenarios.chance import Chance
@@ -113,19 +112,18 @@ def replay(ledger: Ledger, *events: Event) -> None:
         assert ledger.replay_stripe_event(event.event_id).outcome in {"applied", "ignored", "parked"}, event
 
 
-@contextmanager
-def undone(ledger: Ledger) -> Iterator[None]:
-    """What the block does to the database is undone."""
-    with ledger.conn.transaction(force_rollback=True):
-        yield
+@pytest.fixture(scope="module")
+def scene(stage: Callable[..., Connection[Any]]) -> Ledger:
+    """A shop with a catalogue and two accounts without credits."""
+    ledger = Ledger(stage())
+    prepare(ledger, "alpha", "beta")
+    return ledger
 
 
 @pytest.fixture
-def ledger(conn: Connection[Any]) -> Ledger:
-    """A shop with a catalogue and two accounts without credits."""
-    ledger = Ledger(conn)
-    prepare(ledger, "alpha", "beta")
-    return ledger
+def ledger(scene: Ledger) -> Iterator[Ledger]:
+    with undone(scene):
+        yield scene
 
 
 Order = list[list[Event]]  # the events of each act
