@@ -323,6 +323,22 @@ def stranger(empty_database: Database) -> Iterator[str]:
         admin.execute(f"reassign owned by {name} to postgres; drop owned by {name}; drop role {name}".encode())
 
 
+def test_a_dump_that_was_restored_in_part_is_told_so(database: Database, tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+
+    def said(taken: list[str], *left_out: str) -> str:
+        database.program("pg_dump", "--format=custom", f"--file={dump}", *taken, database.dsn)
+        with database.engine.database("template0") as restored:
+            database.program("pg_restore", "--exit-on-error", *left_out, f"--dbname={restored.dsn}", str(dump))
+            return pgcredits("migrate", "--dsn", restored.dsn).stderr
+
+    owner = conninfo_to_dict(database.dsn)["user"]
+    without_roles = f"the schema credits belongs to {owner}, not to credits_owner: it was restored without the roles"
+    assert without_roles in said([], "--no-owner", "--no-privileges")
+    assert "there is a schema credits, but no schema credits_migrations" in said(["--schema=credits"])
+    assert said(["--schema=credits*"]) == ""
+
+
 def test_missing_rights_come_with_advice(database: Database, empty_database: Database, stranger: str) -> None:
     # database is there so that the roles of pgcredits are, too
     dsn = make_conninfo(empty_database.dsn, user=stranger, password="x")
