@@ -246,12 +246,11 @@ def test_a_server_that_takes_no_writes_is_said_to_be_one(database: Database) -> 
     with database.admin() as admin:  # as a platform does where the disk is full
         admin.execute(f"alter database {database.name} set default_transaction_read_only = on")
     with forwarder(database) as door:
-        call = {"url": "/rpc/open_account", "json": {"account_id": "a"}, "headers": BACKEND}
-        refused = door.http.post(**call)
+        refused = door.http.post("/rpc/open_account", json={"account_id": "a"}, headers=BACKEND)
         assert (error(refused), refused.json()["message"]) == ((503, "PT503"), "not_ready")
         assert "takes no writes" in refused.json()["hint"]
         assert refused.headers["retry-after"] == "5"
-        assert door.http.post(**{**call, "url": "/rpc/list_packages", "json": {}}).status_code == 200
+        assert door.http.post("/rpc/list_packages", json={}, headers=BACKEND).status_code == 200
 
 
 @ONE_ENGINE
