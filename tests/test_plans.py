@@ -326,6 +326,19 @@ def test_a_pending_change_can_be_withdrawn(ledger: Ledger, how: str) -> None:
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("at", ["now", "period_end"])
+def test_who_stays_on_a_plan_that_is_sold_no_more_does_not_choose_it(ledger: Ledger, at: str) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.change_plan("alpha", "basic", at="period_end")
+    ledger.change("update credits.plans set active = false where code = 'pro'")
+    assert ledger.change_plan("alpha", "pro", at=at).pending_plan is None
+    ledger.now = FEBRUARY
+    assert ledger.available() == 900
+    with refused(404, "plan_not_found", plan="old"):
+        ledger.change_plan("alpha", "old", at=at)
+    assert_sound(ledger)
+
+
 def test_a_plan_that_is_sold_no_more_goes_on_and_cannot_be_chosen(ledger: Ledger) -> None:
     ledger.open_account("alpha", plan="basic")
     ledger.change("update credits.plans set active = false where code = 'basic'")
@@ -344,6 +357,34 @@ def test_other_credits_of_a_plan_count_from_the_next_month_on(ledger: Ledger) ->
     ledger.now = MONTHS[1]
     ledger.book()
     assert ledger.available() == 500
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize(
+    ("credits", "plan", "brought"),
+    [(100, "basic", 0), (100, "max", 550), (2000, "max", 550), (5000, "max", 550)],  # (2000 - 900) for half a month
+)
+def test_a_change_is_measured_by_what_the_month_came_with(
+    ledger: Ledger, credits: int, plan: str, brought: int
+) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.change("update credits.plans set monthly_credits = %s where code = 'pro'", credits)
+    ledger.now = HALF
+    ledger.change_plan("alpha", plan)
+    assert ledger.available() == 900 + brought
+    assert_sound(ledger)
+
+
+def test_a_plan_that_is_larger_the_second_time_brings_what_it_has_more(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.now = HALF
+    ledger.change_plan("alpha", "pro")
+    ledger.change_plan("alpha", "basic")
+    ledger.change("update credits.plans set monthly_credits = 1300 where code = 'pro'")
+    for _ in range(2):
+        ledger.change_plan("alpha", "pro")
+        assert ledger.available() == 300 + 300 + 200
+        ledger.change_plan("alpha", "basic")
     assert_sound(ledger)
 
 
