@@ -935,6 +935,13 @@ def test_who_changes_stays_with_the_currency_and_interval_that_is_paid(subscribe
     )
 
 
+def test_who_stays_on_a_plan_that_stripe_sells_no_more_withdraws_what_is_pending(subscriber: Ledger) -> None:
+    subscriber.change_plan("alpha", "pro", at="period_end")
+    subscriber.change("update credits.plans set stripe_price_ids = '{}', active = false where code = 'basic'")
+    assert subscriber.change_plan("alpha", "basic", at="period_end").pending_plan is None
+    assert wanted(subscriber) == []
+
+
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:
     for at in ("now", "period_end"):
         with subscriber.unchanged(), refused(404, "price_not_found", plan="max"):
