@@ -223,9 +223,30 @@ begin
   if v_slice.period_start = _after_turn.at and v_slice.invoice_id is not null then
     perform credits._claw_slice(_after_turn.account_id, v_slice);
   end if;
-  perform credits._roll_over(_after_turn.account_id, v_slice.subscription_id, _after_turn.at);
+  if not credits._ends_with_others(_after_turn.account_id, v_slice.subscription_id, _after_turn.at) then
+    perform credits._roll_over(_after_turn.account_id, v_slice.subscription_id, _after_turn.at);
+  end if;
   return v_next;
 end $$;
+
+-- Whether more of a subscription's plan credits are about to end at the same moment. The last ones roll over together: one by one
+-- there would be a grant more each month.
+create or replace function credits._ends_with_others(
+  account_id      text,
+  subscription_id text,
+  at              timestamptz
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (
+    select from credits.grants g
+      join credits.plan_grants p on p.account_id = g.account_id and p.grant_id = g.grant_id
+     where g.account_id = _ends_with_others.account_id and g.status = 'active' and g.kind = 'plan' and g.remaining > 0
+       and g.expires_at <= _ends_with_others.at
+       and p.subscription_id = _ends_with_others.subscription_id and p.period_end = _ends_with_others.at)
+$$;
 
 create or replace function credits._claw_slice(
   account_id text,

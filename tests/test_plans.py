@@ -596,6 +596,17 @@ def test_what_comes_back_after_the_month_rolls_over_too(ledger: Ledger, how: str
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("plan", ["all", "cap"])
+def test_what_rolls_over_is_one_grant_however_many_it_was(ledger: Ledger, plan: str) -> None:
+    ledger.open_account("alpha", plan=plan)
+    for number, month in enumerate(MONTHS, start=1):
+        ledger.now = month
+        ledger.book()
+        carried = min(100 * number, 150 if plan == "cap" else 1000)
+        assert [lot[2] for lot in lots(ledger) if lot[0] == month] == [100, carried]
+    assert_sound(ledger)
+
+
 def test_other_credits_never_roll_over(ledger: Ledger) -> None:
     ledger.open_account("alpha", plan="all")
     ledger.grant(500, kind="promo", expires_at=FEBRUARY)
