@@ -38,9 +38,10 @@ comment on function credits.change_plan(text, text, text) is
 
 at is now or period_end. Now grants the difference to a larger plan for the rest of the period, once: going down and up again
 refills nothing, and nothing is taken back. At period_end the new plan is pending until then; a change back to the present
-plan withdraws it, also if that is sold no more. A plan that was canceled to the end of its period and gets another one for then goes on. The subscription of
-a Stripe customer is changed at Stripe: the request waits in stripe_requests, and the state follows when Stripe says so. Of
-several words before Stripe was asked the last one counts; while it is being asked another one is refused.
+plan withdraws it, also where that is sold no more. A plan that was canceled to the end of its period and gets another one for
+then goes on. The subscription of a Stripe customer is changed at Stripe: the request waits in stripe_requests, and the state
+follows when Stripe says so. Of several words before Stripe was asked the last one counts; while it is being asked another one
+is refused.
 Errors: 400 invalid_request, 404 account_not_found, plan_not_found, price_not_found, 409 illegal_transition,
 plan_change_in_progress, 423 account_closed.';
 
