@@ -82,9 +82,9 @@ begin
     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
    where p.account_id = _roll_over.account_id and p.subscription_id = _roll_over.subscription_id
      and _roll_over.at in (p.period_end, p.period_start);
-  if v_target > v_done and v_next is not null then
+  if v_target > v_done and v_next is not null then  -- what is too much for one grant comes with the next: a grant asks again
     perform credits._grant_slice(_roll_over.account_id, _roll_over.subscription_id, 'rollover', null, 0,
-      v_target - v_done, 'plan', v_plan.code, _roll_over.at, v_next, v_next,
+      least(v_target - v_done, 999999999999.999999), 'plan', v_plan.code, _roll_over.at, v_next, v_next,
       format('rollover:%s:%s:%s', _roll_over.subscription_id, floor(extract(epoch from _roll_over.at)), trim_scale(v_done)));
   end if;
 end $$;

@@ -360,6 +360,28 @@ def test_other_credits_of_a_plan_count_from_the_next_month_on(ledger: Ledger) ->
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("instead", ["a larger one", "another plan", "none"])
+def test_a_month_that_was_cut_before_it_began_gives_way_like_any_other(ledger: Ledger, instead: str) -> None:
+    ledger.open_account("alpha", plan="pro")
+    (month,) = ledger.table("grants", "status = 'pending'")
+    ledger.revoke_grant("alpha", month.grant_id, amount=5, key="cut")
+    match instead:
+        case "a larger one":
+            ledger.change("update credits.plans set monthly_credits = 950 where code = 'pro'")
+            assert [ledger.initialize_plan_credits() for _ in range(2)] == [1, 0]
+        case "another plan":
+            ledger.change_plan("alpha", "basic", at="period_end")
+        case _:
+            ledger.cancel_plan("alpha")
+    assert_sound(ledger)
+    ledger.now = FEBRUARY
+    seen = ledger.available()
+    ledger.book()
+    assert seen == ledger.available() == {"a larger one": 950, "another plan": 300, "none": 0}[instead]
+    assert ledger.revoke_grant("alpha", month.grant_id, amount=5, key="cut").replayed
+    assert_sound(ledger)
+
+
 @pytest.mark.parametrize(
     ("credits", "plan", "brought"),
     [(100, "basic", 0), (100, "max", 550), (2000, "max", 550), (5000, "max", 550)],  # (2000 - 900) for half a month
@@ -604,6 +626,17 @@ def test_what_rolls_over_is_one_grant_however_many_it_was(ledger: Ledger, plan: 
         ledger.book()
         carried = min(100 * number, 150 if plan == "cap" else 1000)
         assert [lot[2] for lot in lots(ledger) if lot[0] == month] == [100, carried]
+    assert_sound(ledger)
+
+
+def test_more_than_a_grant_can_hold_rolls_over(ledger: Ledger) -> None:
+    ledger.change("update credits.plans set monthly_credits = 600000000000 where code = 'all'")
+    ledger.open_account("alpha", plan="all")
+    for number, month in enumerate(MONTHS, start=2):
+        ledger.now = month
+        seen = ledger.available()
+        ledger.book()
+        assert seen == ledger.available() == number * 600000000000
     assert_sound(ledger)
 
 
