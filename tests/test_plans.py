@@ -95,6 +95,22 @@ def test_the_first_look_after_months_of_silence_is_right(ledger: Ledger, months:
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("plan", ["basic", "all"])
+def test_a_look_after_years_of_silence_takes_a_moment(ledger: Ledger, plan: str) -> None:
+    """It took as long as the square of the months: 20 seconds for these five years."""
+    ledger.open_account("alpha", plan=plan)
+    bought = ledger.grant(5000, kind="promo")
+    ledger.use(5000)
+    ledger.revoke_grant("alpha", bought.grant_id, key="back")  # each month pays a part of the debt
+    ledger.now = nth_month(NOON, 60, "UTC")
+    ledger.conn.execute("set local statement_timeout = '6s'")
+    seen = ledger.available()
+    ledger.conn.execute("set local statement_timeout = 0")
+    ledger.book()
+    assert seen == ledger.available() == {"basic": 300, "all": 61 * 100 - 5000}[plan]
+    assert_sound(ledger)
+
+
 def nth_month(anchor: datetime, number: int, zone: str) -> datetime:
     """The nth anniversary in a time zone, clamped to the end of its month."""
     local = anchor.astimezone(ZoneInfo(zone))
