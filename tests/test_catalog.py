@@ -296,6 +296,7 @@ def test_any_json_is_refused_properly_or_applied(client: Client, catalog: Any) -
 
 
 NEW_PRICE = {"credits": 1, "block": 10, "unit": "pages"}
+WORDS = {"flat": 5, "unit": "words"}
 UNPRICED = {"capabilities.chapter.unit": "its price counts words: give it one that counts pages"}
 
 
@@ -304,11 +305,11 @@ UNPRICED = {"capabilities.chapter.unit": "its price counts words: give it one th
     [
         (None, UNPRICED),
         ([{"price": {**NEW_PRICE, "unit": "words"}}], UNPRICED),
-        ([{"price": 5, "valid_from": "2000-01-01"}, {"price": {"flat": 5, "unit": "words"}, "valid_from": "2001-01-01"}], UNPRICED),
+        ([{"price": 5, "valid_from": "2000-01-01"}, {"price": WORDS, "valid_from": "2001-01-01"}], UNPRICED),
         ([{"price": {**NEW_PRICE, "unit": "words"}, "valid_from": "2100-01-01"}, {"price": 5}], UNPRICED),
         ([{"price": NEW_PRICE}], {}),
         ([{"price": 5}], {}),
-        ([{"price": {"flat": 5, "unit": "words"}, "valid_from": "2000-01-01"}, {"price": 5, "valid_from": "2001-01-01"}], {}),
+        ([{"price": WORDS, "valid_from": "2000-01-01"}, {"price": 5, "valid_from": "2001-01-01"}], {}),
         ([{"price": {"lines": [{"credits": 1, "unit": "input"}, {"credits": 2, "unit": "output"}]}}], {}),
         ([{"price": {"lines": [{"credits": 1, "unit": "words"}, {"credits": 2, "unit": "pages"}]}}], {}),
     ],

@@ -399,14 +399,14 @@ def test_a_month_that_was_cut_before_it_began_gives_way_like_any_other(ledger: L
 
 
 @pytest.mark.parametrize(
-    ("credits", "plan", "brought"),
+    ("now_has", "plan", "brought"),
     [(100, "basic", 0), (100, "max", 550), (2000, "max", 550), (5000, "max", 550)],  # (2000 - 900) for half a month
 )
 def test_a_change_is_measured_by_what_the_month_came_with(
-    ledger: Ledger, credits: int, plan: str, brought: int
+    ledger: Ledger, now_has: int, plan: str, brought: int
 ) -> None:
     ledger.open_account("alpha", plan="pro")
-    ledger.change("update credits.plans set monthly_credits = %s where code = 'pro'", credits)
+    ledger.change("update credits.plans set monthly_credits = %s where code = 'pro'", now_has)
     ledger.now = HALF
     ledger.change_plan("alpha", plan)
     assert ledger.available() == 900 + brought
