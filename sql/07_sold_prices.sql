@@ -22,7 +22,8 @@ as $$
       select i.id, w.shown ->> 'currency', w.shown ->> 'every', 2, -i.place
         from unnest(p.stripe_price_ids) with ordinality i (id, place)
         cross join lateral (select credits._shown_price(credits._snapshot('price', i.id))) w (shown)
-       where (i.place = cardinality(p.stripe_price_ids) or w.shown -> 'active' = 'true') and not credits._is_retired(i.id)) n (price_id, currency, every, kind, place)
+       where (i.place = cardinality(p.stripe_price_ids) or w.shown -> 'active' = 'true')
+         and not credits._is_retired(i.id)) n (price_id, currency, every, kind, place)
    where p.code = _price_of_plan.plan
    order by coalesce((n.currency, n.every) = (o.shown ->> 'currency', o.shown ->> 'every'), false) desc,
             coalesce(n.currency = o.shown ->> 'currency', false) desc, n.kind, n.place

@@ -182,7 +182,8 @@ language sql
 stable
 as $$
   select coalesce((
-    select greatest(0, least(credits._unspent(_returned_late.subscription, s.period_start, _returned_late.freed), n.rollover_cap)
+    select greatest(0, least(credits._unspent(_returned_late.subscription, s.period_start, _returned_late.freed),
+                             n.rollover_cap)
                        - coalesce((select sum(g.amount)
                                      from credits.plan_grants p
                                      join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
