@@ -155,6 +155,7 @@ declare
 begin
   return query select * from credits._document_problems(_catalog_problems.catalog, v_whole);
   return query select * from credits._stripe_problems(v_catalog, _catalog_problems.stored);
+  return query select * from credits._unit_problems(v_catalog, _catalog_problems.stored, _catalog_problems.at);
   return query select * from credits._history_problems(credits._list(v_catalog -> 'rates'), v_whole, _catalog_problems.at);
   if v_catalog ?| array['capabilities', 'quality_levels', 'models', 'plans', 'rates'] then
     return query select * from credits._unpriced(v_whole, _catalog_problems.at);

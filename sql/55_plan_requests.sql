@@ -20,7 +20,7 @@ declare
                        limit 1);
   v_schedule text := credits._schedule_of(v_sub.subscription_id);
 begin
-  if v_price is null or v_item is null then
+  if (v_price is null or v_item is null) and _request_plan.plan is distinct from v_sub.plan then
     perform credits._fail(404, 'price_not_found', jsonb_build_object('plan', _request_plan.plan),
       'Publish the plan, or give it its stripe_price_ids: without a price it cannot be sold at Stripe.');
   end if;

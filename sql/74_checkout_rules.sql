@@ -164,8 +164,9 @@ begin
       'change_plan() changes the subscription that there is.');
   elsif v_price is null then
     v_price := credits._price_of_plan(v_plan.code);
-  elsif credits._plan_of_price(v_price, (select o.ref from credits.stripe_objects o
-                                          where o.kind = 'price' and o.object_id = v_price)) is distinct from v_plan.code then
+  elsif credits._is_retired(v_price)
+        or credits._plan_of_price(v_price, (select o.ref from credits.stripe_objects o
+                                             where o.kind = 'price' and o.object_id = v_price)) is distinct from v_plan.code then
     v_price := null;
   end if;
   if v_price is null then
