@@ -97,7 +97,8 @@ begin
   return v_charge.ref;
 end $$;
 
--- Says what a payment paid for. The first word stands.
+-- Says what a payment paid for. The first word stands; answers whether it was this one.
+drop function if exists credits._link_payment(text, text, text, text, bigint, text);
 create or replace function credits._link_payment(
   payment_id  text,
   source_kind text,
@@ -106,7 +107,7 @@ create or replace function credits._link_payment(
   amount      bigint,
   currency    text
 )
-returns void
+returns boolean
 language plpgsql
 as $$
 begin
@@ -118,6 +119,35 @@ begin
     set source_kind = excluded.source_kind, source_id = excluded.source_id, account_id = excluded.account_id,
         amount = excluded.amount, currency = excluded.currency
     where p.source_kind is null;
+  return found;
+end $$;
+
+-- The same for whoever grants by it: a payment buys once, and its row says what. What comes second waits for somebody to look.
+create or replace function credits._claim_payment(
+  payment_id  text,
+  source_kind text,
+  source_id   text,
+  account_id  text,
+  amount      bigint,
+  currency    text
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_bought text;
+begin
+  if credits._link_payment(_claim_payment.payment_id, _claim_payment.source_kind, _claim_payment.source_id,
+                           _claim_payment.account_id, _claim_payment.amount, _claim_payment.currency) then
+    return;
+  end if;
+  select concat_ws(':', p.source_kind, p.source_id) into v_bought
+    from credits.stripe_payments p
+   where p.payment_id = _claim_payment.payment_id;
+  if v_bought <> concat_ws(':', _claim_payment.source_kind, _claim_payment.source_id) then
+    perform credits._park('payment_granted_before', null, jsonb_build_object(
+      'payment_id', _claim_payment.payment_id, 'bought', v_bought));
+  end if;
 end $$;
 
 -- Something became known of a payment. Its row is written before it is read, so of two halves the later sees both. Where it

@@ -10,7 +10,7 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound, committed, refused, together
+from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound, committed, refused, session, together
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 from servers import Database
@@ -414,6 +414,46 @@ def test_a_purchase_cannot_pass_for_an_attempt(ledger: Ledger) -> None:
     forged = Jsonb({"top_up_id": attempt.top_up_id})
     with refused(400, "invalid_request", argument="metadata"):
         ledger.create_checkout("alpha", package="starter", success_url="http://localhost", key="k", metadata=forged)
+
+
+def copied(ledger: Ledger) -> dict[str, tuple[str, Json]]:
+    """A checkout whose payment carries the metadata of an attempt, in the words of both."""
+    payment = intent(ledger, id="pi_1")
+    return {"session": ("checkout.session.completed", session()), "payment": (SUCCEEDED, payment)}
+
+
+@pytest.mark.parametrize("order", permutations(("session", "payment", "refund")), ids=" ".join)
+def test_a_payment_that_two_claim_buys_once_whichever_comes_first(ledger: Ledger, order: tuple[str, ...]) -> None:
+    started(ledger)
+    about = {"id": "re_1", "object": "refund", "payment_intent": "pi_1", "charge": None, "currency": "usd"}
+    said = copied(ledger) | {"refund": ("refund.created", {**about, "amount": 400, "status": "succeeded"})}
+    for name in order:
+        ledger.tell(*said[name], f"evt_{name}")
+    for name in order[::-1]:
+        ledger.replay_stripe_event(f"evt_{name}")
+    first, second = (name for name in order if name != "refund")
+    assert [ledger.event(f"evt_{name}").status for name in (first, second)] == ["applied", "parked"]
+    assert ledger.event(f"evt_{second}").reason == "payment_granted_before"
+    (purchase,) = ledger.table("purchases", "grant_id is not null")
+    assert (purchase.status, purchase.amount_refunded, purchase.stripe_payment_intent_id) == (
+        "partially_refunded", 400, "pi_1",
+    )  # fmt: skip
+    assert (purchase.stripe_session_id is None) == (first == "payment")
+    assert ledger.available() == 650
+    assert_sound(ledger)
+
+
+def test_a_payment_that_two_claim_at_once_buys_once(database: Database) -> None:
+    with committed(database) as ledger:
+        prepare(ledger)
+        started(ledger)
+        said = [*copied(ledger).values()]
+        told_at_once = together(
+            database, [partial(Ledger.tell, event_type=said[n % 2][0], about=said[n % 2][1], event_id=f"evt_{n}") for n in range(12)]
+        )
+        assert {*told_at_once} == {"applied", "parked"}
+        assert ledger.available() == 1050
+        assert_sound(ledger)
 
 
 def test_a_decline_lets_the_card_rest_for_a_day_and_the_third_one_for_good(ledger: Ledger) -> None:

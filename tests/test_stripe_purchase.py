@@ -22,7 +22,7 @@ def session(session_id: str = "cs_1", **changes: Any) -> Change:
     return {
         "id": session_id, "object": "checkout.session", "mode": "payment", "status": "complete",
         "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000, "currency": "usd",
-        "livemode": False, "customer": "cus_1", "payment_intent": "pi_1", "client_reference_id": None,
+        "livemode": False, "customer": "cus_1", "payment_intent": session_id.replace("cs_", "pi_"), "client_reference_id": None,
         "metadata": {"account_id": "alpha", "package": "starter"}, **changes,
     }  # fmt: skip
 
