@@ -8,12 +8,13 @@ language plpgsql
 as $$
 declare
   v_charge  credits.charge_shape := credits._shape_charge((_on_charge.notice).object);
-  v_current boolean;
+  v_payment text := coalesce(v_charge.payment_intent_id, v_charge.charge_id);
+  v_before  bigint := credits._disputed_of_invoice(v_payment);
+  v_current boolean := credits._mirror(_on_charge.notice, v_payment);
+  v_effects jsonb := credits._payment_changed(v_payment, v_charge.refunded > 0);
 begin
-  v_current := credits._mirror(_on_charge.notice, coalesce(v_charge.payment_intent_id, v_charge.charge_id));
-  return credits._applied(credits._payment_changed(coalesce(v_charge.payment_intent_id, v_charge.charge_id),
-                                                   v_charge.refunded > 0),
-                          case when not v_current then 'superseded' end);
+  perform credits._pause_if_risen(v_payment, v_before);
+  return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
 create or replace function credits._on_refund(notice credits.stripe_notice)
@@ -40,18 +41,14 @@ as $$
 declare
   v_dispute credits.dispute_shape := credits._shape_dispute((_on_dispute.notice).object);
   v_payment text := credits._payment_of_charge(v_dispute.charge_id, v_dispute.payment_intent_id);
-  v_first   boolean := credits._snapshot('dispute', v_dispute.dispute_id) is null;
+  v_before  bigint := credits._disputed_of_invoice(v_payment);
   v_current boolean := credits._mirror(_on_dispute.notice, coalesce(v_dispute.charge_id, v_dispute.payment_intent_id));
   v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
   perform credits._tell_payment(v_payment, 'dispute', v_dispute.dispute_id || ':' || v_dispute.status, v_dispute.amount,
                                 v_dispute.currency, v_dispute.status)
     where v_current;
-  if v_first and v_dispute.status in ('needs_response', 'under_review', 'lost') then  -- purchases see it by themselves
-    perform credits._pause_top_up(p.account_id, 'disputed')
-       from credits.stripe_payments p
-      where p.payment_id = v_payment and p.source_kind = 'invoice';
-  end if;
+  perform credits._pause_if_risen(v_payment, v_before);
   return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 

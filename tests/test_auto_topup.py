@@ -860,6 +860,68 @@ def test_a_dispute_of_any_payment_ends_it(ledger: Ledger, of: str) -> None:
     assert_sound(ledger)
 
 
+INVOICE = {
+    "id": "in_1", "object": "invoice", "status": "paid", "customer": "cus_1", "subscription": "sub_1", "currency": "usd",
+    "amount_paid": 1000, "total": 1000, "lines": {"data": [], "has_more": False},
+}  # fmt: skip
+PAYMENT = {
+    "id": "inpay_1", "object": "invoice_payment", "invoice": "in_1", "amount_paid": 1000, "currency": "usd", "status": "paid",
+    "payment": {"type": "payment_intent", "payment_intent": "pi_1"},
+}  # fmt: skip
+CHARGE = {
+    "id": "ch_1", "object": "charge", "payment_intent": "pi_1", "amount": 1000, "amount_captured": 1000,
+    "amount_refunded": 0, "captured": True, "currency": "usd",
+}  # fmt: skip
+DISPUTE = {
+    "id": "dp_1", "object": "dispute", "charge": "ch_1", "payment_intent": None, "amount": 1000, "currency": "usd",
+    "status": "needs_response",
+}  # fmt: skip
+INVOICED = {
+    "paid": ("invoice.paid", INVOICE), "linked": ("invoice_payment.paid", PAYMENT), "charge": ("charge.succeeded", CHARGE),
+    "dispute": ("charge.dispute.created", DISPUTE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+@pytest.mark.parametrize("order", permutations(INVOICED), ids=" ".join)
+def test_a_dispute_of_an_invoice_ends_it_in_any_order(ledger: Ledger, order: tuple[str, ...], old: bool) -> None:
+    rule(ledger)
+    for name in order:
+        event_type, about = INVOICED[name]
+        if old and name == "linked":
+            continue
+        more = {"payment_intent": "pi_1", "charge": "ch_1"} if old and name == "paid" else {}
+        assert ledger.tell(event_type, {**about, **more}) == "applied"
+    assert how(ledger) == ("paused", "disputed", None)
+    rule(ledger)
+    ledger.now += SECOND
+    for name in order:
+        event_type, about = INVOICED[name]
+        ledger.tell(event_type, {**about, **({"payment_intent": "pi_1"} if old and name == "paid" else {})})
+    assert how(ledger) == ("active", None, None), "the same dispute is heard of once"
+    assert_sound(ledger)
+
+
+def test_an_inquiry_that_becomes_a_dispute_ends_it(ledger: Ledger) -> None:
+    rule(ledger)
+    for name in ("paid", "linked", "charge"):
+        ledger.tell(*INVOICED[name])
+    ledger.tell("charge.dispute.created", {**DISPUTE, "status": "warning_needs_response"})
+    assert how(ledger) == ("active", None, None)
+    ledger.now += SECOND
+    ledger.tell("charge.dispute.updated", {**DISPUTE, "status": "needs_response"})
+    assert how(ledger) == ("paused", "disputed", None)
+
+
+def test_a_dispute_is_heard_of_though_credits_of_its_invoice_were_added_by_hand(ledger: Ledger) -> None:
+    rule(ledger)
+    for name in ("charge", "linked", "dispute"):
+        ledger.tell(*INVOICED[name])
+    assert how(ledger) == ("active", None, None), "nobody knows whose invoice it is"
+    ledger.add_subscription_credits("cus_1", "in_1", "sub_1", 500)
+    assert how(ledger) == ("paused", "disputed", None)
+
+
 def test_a_closed_account_buys_nothing_and_what_it_paid_is_kept_to_be_seen(ledger: Ledger) -> None:
     started(ledger)
     ledger.set_status("closed", "alpha")
