@@ -32,7 +32,7 @@ begin
   v_late := coalesce(complete_stripe_request.attempt < v_request.attempts, false);
   v_outcome := credits._judge_answer(v_request, complete_stripe_request.status, v_answer, complete_stripe_request.not_sent);
   if v_request.state in ('done', 'declined', 'failed')
-     or v_outcome in ('again', 'refused') and (v_late or v_request.state = 'unknown') then
+     or v_outcome in ('again', 'refused', 'unknown') and (v_late or v_request.state = 'unknown') then
     return credits._request_result(v_request);
   end if;
 
@@ -60,7 +60,8 @@ comment on function credits.complete_stripe_request(bigint, integer, text, jsonb
 status is the HTTP status, null if no answer came; body the raw text; headers an object with Date, Request-Id and
 Idempotent-Replayed; attempt that of the claim, which tells a late answer from the one that is waited for; not_sent says why a
 request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
-stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before. 401: back in the queue, which stops,
+stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before, and 403 or an idempotency_error
+leaves a post unknown that was sent before, as claim_stripe_requests says. 401: back in the queue, which stops,
 told as stripe_key_refused. No answer, one that is neither an object nor an error of Stripe''s, 409, 429, 5xx, and what cannot be
 applied yet: sent again under the same key after 1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its
 request_id, after 429 from 15 s on. After stripe_event_max_attempts of them a request fails, told as stripe_request_given_up; a post
@@ -93,6 +94,9 @@ as $$
     when s = 404 and (_judge_answer.request).method = 'delete'
                  and (_judge_answer.request).attempts > 1                 then 'done'    -- by the attempt before
     when s in (409, 429)                                                  then 'again'
+    when (_judge_answer.request).method = 'post' and (_judge_answer.request).attempts > 1
+         and (s = 403 or credits._error_of(_judge_answer.answer, 'type') = 'idempotency_error')
+                                                                          then 'unknown'  -- the attempt before may have done it
     when s between 400 and 499                                            then 'failed'
     else                                                                       'again' end
     from (select _judge_answer.status) x (s)
@@ -162,7 +166,7 @@ begin
       when v_state = 'unknown'                                        then 'stripe_request_unknown'
       when _close_request.outcome = 'again'                           then 'stripe_request_given_up'
       else                                                                 'stripe_request_failed' end)
-    where v_state in ('failed', 'unknown');
+    where v_state = 'failed' or v_state = 'unknown' and (_close_request.outcome = 'again' or not credits._look_up(v_request));
   perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
   perform credits._look_at_named(v_request) where v_state = 'failed';
   return v_request;
