@@ -318,6 +318,17 @@ def test_a_request_waits_longer_each_time(ledger: Ledger) -> None:
         ledger.now = NOON
 
 
+@pytest.mark.parametrize(
+    ("asked", "waited"),
+    [("30", 30), ("2", 15), ("99999", 900), ("-5", 15), ("Wed, 21 Oct 2026 07:28:00 GMT", 15), ("1e3", 15), ("", 15)],
+)
+def test_stripe_may_ask_for_more_patience(ledger: Ledger, asked: str, waited: int) -> None:
+    number = ask(ledger)
+    ledger.claim_stripe_requests()
+    row = answer(ledger, number, 429, {"error": {}}, headers={"Retry-After": asked})
+    assert row.run_at - ledger.now == wait(number, waited * SECOND)
+
+
 def test_an_answer_of_an_earlier_attempt_counts(ledger: Ledger) -> None:
     number = ask(ledger)
     ledger.claim_stripe_requests()
