@@ -283,7 +283,7 @@ def test_a_post_that_was_sent_before_and_is_refused_is_looked_for(ledger: Ledger
 
 
 def test_a_post_that_nothing_can_find_and_that_is_refused_is_told(ledger: Ledger) -> None:
-    number = ask(ledger, "post", "sub_1", "resume_plan", "/v1/subscriptions/sub_1")
+    number = ask(ledger, "post", "top_up_1", "cancel_top_up", "/v1/payment_intents/pi_1/cancel")
     for status in (500, 403):
         ledger.claim_stripe_requests()
         row = answer(ledger, number, status, {"error": ERROR})
