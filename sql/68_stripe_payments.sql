@@ -167,9 +167,9 @@ begin
   on conflict on constraint stripe_payments_pkey do update set payment_id = excluded.payment_id
   returning p.* into v_payment;
   if v_payment.source_kind is null then
-    if _payment_changed.claims then
-      perform credits._request_object('invoice_payments', _payment_changed.payment_id);
-    end if;
+    perform credits._request_object('invoice_payments', _payment_changed.payment_id)
+      where _payment_changed.claims and not exists (  -- Stripe lists them by payment intent alone
+        select from credits.stripe_objects o where o.kind = 'charge' and o.object_id = _payment_changed.payment_id);
     return null;
   end if;
   perform credits._lock_account(v_payment.account_id);

@@ -449,7 +449,11 @@ def test_a_payment_that_two_claim_at_once_buys_once(database: Database) -> None:
         started(ledger)
         said = [*copied(ledger).values()]
         told_at_once = together(
-            database, [partial(Ledger.tell, event_type=said[n % 2][0], about=said[n % 2][1], event_id=f"evt_{n}") for n in range(12)]
+            database,
+            [
+                partial(Ledger.tell, event_type=said[n % 2][0], about=said[n % 2][1], event_id=f"evt_{n}")
+                for n in range(12)
+            ],
         )
         assert {*told_at_once} == {"applied", "parked"}
         assert ledger.available() == 1050
@@ -861,12 +865,12 @@ def test_a_dispute_of_any_payment_ends_it(ledger: Ledger, of: str) -> None:
 
 
 INVOICE = {
-    "id": "in_1", "object": "invoice", "status": "paid", "customer": "cus_1", "subscription": "sub_1", "currency": "usd",
-    "amount_paid": 1000, "total": 1000, "lines": {"data": [], "has_more": False},
+    "id": "in_1", "object": "invoice", "status": "paid", "customer": "cus_1", "subscription": "sub_1",
+    "currency": "usd", "amount_paid": 1000, "total": 1000, "lines": {"data": [], "has_more": False},
 }  # fmt: skip
 PAYMENT = {
-    "id": "inpay_1", "object": "invoice_payment", "invoice": "in_1", "amount_paid": 1000, "currency": "usd", "status": "paid",
-    "payment": {"type": "payment_intent", "payment_intent": "pi_1"},
+    "id": "inpay_1", "object": "invoice_payment", "invoice": "in_1", "amount_paid": 1000, "currency": "usd",
+    "status": "paid", "payment": {"type": "payment_intent", "payment_intent": "pi_1"},
 }  # fmt: skip
 CHARGE = {
     "id": "ch_1", "object": "charge", "payment_intent": "pi_1", "amount": 1000, "amount_captured": 1000,
@@ -876,9 +880,9 @@ DISPUTE = {
     "id": "dp_1", "object": "dispute", "charge": "ch_1", "payment_intent": None, "amount": 1000, "currency": "usd",
     "status": "needs_response",
 }  # fmt: skip
-INVOICED = {
-    "paid": ("invoice.paid", INVOICE), "linked": ("invoice_payment.paid", PAYMENT), "charge": ("charge.succeeded", CHARGE),
-    "dispute": ("charge.dispute.created", DISPUTE),
+INVOICED: dict[str, tuple[str, Json]] = {
+    "paid": ("invoice.paid", INVOICE), "linked": ("invoice_payment.paid", PAYMENT),
+    "charge": ("charge.succeeded", CHARGE), "dispute": ("charge.dispute.created", DISPUTE),
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_one_request_is_claimed_by_whoever_waits_for_it(ledger: Ledger) -> None:
     ledger.change("delete from credits.stripe_queue_stop")
     ledger.now += timedelta(hours=23)
     assert ledger.claim_stripe_request(second) == []
-    assert kept(ledger, second).state == "unknown"
+    assert (kept(ledger, second).state, kept(ledger, second).error_type) == ("failed", "outcome_unknown")
 
 
 def test_the_lease_is_a_setting(ledger: Ledger) -> None:
