@@ -41,7 +41,8 @@ begin
     having count(*) > 1;
   return query
     select 'payments_have_bought_once', min(p.account_id),
-           jsonb_build_object('payment_id', p.stripe_payment_intent_id, 'purchases', array_agg(p.purchase_id order by p.purchase_id))
+           jsonb_build_object('payment_id', p.stripe_payment_intent_id,
+                              'purchases', array_agg(p.purchase_id order by p.purchase_id))
       from credits.purchases p
      where p.grant_id is not null and p.stripe_payment_intent_id is not null
      group by p.stripe_payment_intent_id

@@ -58,14 +58,14 @@ comment on function credits.complete_stripe_request(bigint, integer, text, jsonb
 'Takes Stripe''s answer to a request and applies what it says through the same functions as events.
 
 status is the HTTP status, null if no answer came; body the raw text; headers an object with Date, Request-Id,
-Idempotent-Replayed and Retry-After; attempt that of the claim, which tells a late answer from the one that is waited for; not_sent says why a
-request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
+Idempotent-Replayed and Retry-After; attempt that of the claim, which tells a late answer from the one that is waited for;
+not_sent says why a request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
 stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before, and 403 or an idempotency_error
 leaves a post unknown that was sent before, as claim_stripe_requests says. 401: back in the queue, which stops,
 told as stripe_key_refused. No answer, one that is neither an object nor an error of Stripe''s, 409, 429, 5xx, and what cannot be
 applied yet: sent again under the same key after 1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its
-request_id, after 429 from 15 s on, and not before a Retry-After. After stripe_event_max_attempts of them a request fails, told as stripe_request_given_up; a post
-goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is done already changes nothing.
+request_id, after 429 from 15 s on, and not before a Retry-After. After stripe_event_max_attempts of them a request fails, told as
+stripe_request_given_up; a post goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is done already changes nothing.
 Errors: 404 request_not_found.';
 
 -- In the order of this list. An answer that is no JSON does not come from Stripe, whatever its status; nor does JSON that is
