@@ -190,6 +190,22 @@ as $$
     from (select (_request_resume.subscription).*) s
 $$;
 
+-- Nothing comes of a word, or nobody knows what came of it. The subscription tells: what was shown as pending is so no more,
+-- unless a schedule says so. No account is locked here, since many may be given up at once.
+create or replace function credits._on_failed_plan(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+declare
+  v_payment credits.stripe_notice := credits._shape_declined(_on_failed_plan.notice);
+begin
+  if v_payment.object_id is not null then
+    perform credits._mirror(v_payment);
+  end if;
+  perform credits._ask_anew((credits._answered(_on_failed_plan.notice)).ref);
+  return credits._applied();
+end $$;
+
 -- Schedules ---------------------------------------------------------------------------------------------------------
 
 create or replace function credits._on_schedule(notice credits.stripe_notice)

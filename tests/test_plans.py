@@ -888,6 +888,59 @@ def test_a_schedule_is_let_go_before_the_end_is_announced(subscriber: Ledger, to
     assert wanted(ledger) == [CANCEL], "the schedule is gone already"
 
 
+def answer_retrieve(ledger: Ledger) -> None:
+    """Stripe tells how the subscription stands: as ever."""
+    (asked,) = ledger.table("stripe_requests", "purpose = 'retrieve'")
+    assert asked.ref == "subscription:sub_1"
+    assert ledger.complete_stripe_request(asked.request_id, 200, json.dumps(subscription())).state == "done"
+
+
+@pytest.mark.parametrize("status", [400, 402, 403])
+@pytest.mark.parametrize("step", ["schedule_plan", "schedule_phases"])
+def test_a_plan_that_stripe_refuses_to_schedule_is_pending_no_more(subscriber: Ledger, step: str, status: int) -> None:
+    ledger = subscriber
+    assert ledger.change_plan("alpha", "pro", at="period_end").pending_plan == "pro"
+    ledger.now += SECOND
+    if step == "schedule_phases":
+        ledger.claim_stripe_requests()
+        (first,) = ledger.table("stripe_requests", "purpose = 'schedule_plan'")
+        single = scheduled(phases=[{"start_date": 1, "items": [{"price": "price_basic"}]}])
+        ledger.complete_stripe_request(first.request_id, 200, json.dumps(single))
+        assert state(ledger).pending_plan == "pro"
+    (asked,) = ledger.table("stripe_requests", "purpose = %s", step)
+    ledger.claim_stripe_requests()
+    ledger.complete_stripe_request(asked.request_id, status, json.dumps({"error": {"type": "invalid_request_error"}}))
+    ledger.now += SECOND
+    answer_retrieve(ledger)
+    assert (state(ledger).pending_plan, state(ledger).pending_at) == (None, None)
+
+
+UNKNOWN: dict[str, Callable[[Ledger], Any]] = {
+    "change_plan": lambda ledger: ledger.change_plan("alpha", "pro"),
+    "schedule_plan": lambda ledger: ledger.change_plan("alpha", "pro", at="period_end"),
+    "cancel_plan": lambda ledger: ledger.cancel_plan("alpha"),
+}
+
+
+@pytest.mark.parametrize("purpose", UNKNOWN)
+def test_a_word_of_which_nobody_knows_what_came_is_not_in_the_way(subscriber: Ledger, purpose: str) -> None:
+    """Or the same call is answered with success for ever, and nothing is said to Stripe."""
+    ledger = subscriber
+    UNKNOWN[purpose](ledger)
+    (asked,) = ledger.table("stripe_requests", "purpose = %s", purpose)
+    ledger.claim_stripe_requests()
+    ledger.complete_stripe_request(asked.request_id, None, None)
+    ledger.now += 24 * HOUR
+    ledger.claim_stripe_requests(100)
+    (asked,) = ledger.table("stripe_requests", "purpose = %s", purpose)
+    assert (asked.state, asked.error_type) == ("failed", "outcome_unknown")
+    answer_retrieve(ledger)
+    assert state(ledger).pending_plan is None
+    UNKNOWN[purpose](ledger)
+    (again,) = ledger.table("stripe_requests", "purpose = %s and state = 'queued'", purpose)
+    assert again.params == asked.params
+
+
 def test_what_was_withdrawn_is_no_refusal_of_stripe_and_not_made_again(subscriber: Ledger) -> None:
     ledger = subscriber
     ledger.cancel_plan("alpha")

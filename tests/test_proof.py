@@ -275,6 +275,7 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("completed_purchases_have_their_grant", "update credits.purchases set credits = credits + 1"),
     ("completed_purchases_have_their_grant", "delete from credits.stripe_facts"),
     ("facts_have_their_purchase", "delete from credits.purchases"),
+    ("payments_have_bought_once", "update credits.purchases set stripe_payment_intent_id = 'pi_1'"),
     ("paid_invoices_have_granted", "delete from credits.stripe_facts where kind = 'invoice'"),
     ("paid_lines_have_their_grant", "update credits.allowances set credits = 501, first_credits = 501"),
     ("paid_lines_have_their_grant", "update credits.allowances set first_credits = 499"),
