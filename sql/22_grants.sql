@@ -223,13 +223,14 @@ begin
     _insert_grant.description, _insert_grant.key, _insert_grant.fingerprint, coalesce(_insert_grant.metadata, '{}'))
   returning g.* into v_grant;
 
+  -- One that starts later has no entry, and is written all the same: who began with an older snapshot (repeatable read) is
+  -- not to work out without it what falls due next.
   update credits.balances b
      set next_due_at = least(b.next_due_at, v_grant.expires_at,
                              case v_grant.status when 'pending' then v_grant.effective_at end),
          has_scoped  = b.has_scoped or v_grant.scope is not null
    where b.account_id = v_grant.account_id
-     and (b.next_due_at > least(v_grant.expires_at, case v_grant.status when 'pending' then v_grant.effective_at end)
-          or v_grant.scope is not null);
+     and (b.next_due_at > v_grant.expires_at or v_grant.scope is not null or v_grant.status = 'pending');
   return v_grant;
 end $$;
 
