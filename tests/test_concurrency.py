@@ -354,6 +354,23 @@ def test_what_ends_while_a_transfer_waits_is_not_given(ledger: Ledger, database:
     assert (ledger.sums("alpha"), ledger.sums("beta")) == ((95, 0, 95, 0), (5, 0, 5, 0))
 
 
+def test_what_ends_while_an_import_waits_stays_out(ledger: Ledger, database: Database) -> None:
+    ledger.open("beta", 1)
+    ends = datetime.now(UTC) + SECOND
+    rows = [
+        {"key": str(n), "account_id": "beta", "amount": 5, "expires_at": at} for n, at in enumerate([str(ends), ""])
+    ]
+    with database.connect() as busy, ThreadPoolExecutor() as pool:
+        busy.execute("select 1")
+        Ledger(busy, at=None).spend("beta", 1, key="s")
+        brought = pool.submit(together, database, [lambda on: on.import_opening_balances(rows)])
+        until(lambda: datetime.now(UTC) > ends)
+        busy.commit()
+        ((ended, kept),) = brought.result()
+    assert (ended.status, ended.detail, kept.status) == (400, {"argument": "expires_at"}, 200)
+    assert ledger.sums("beta") == (5, 0, 5, 0)
+
+
 @pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
 def test_an_old_snapshot_forgets_no_grant_that_starts_later(ledger: Ledger, database: Database, level: str) -> None:
     ledger.open("alpha", 100)

@@ -31,7 +31,9 @@ def busy(ledger: Ledger) -> None:
     ledger.now += 2 * HOUR + timedelta(microseconds=123450)
     ledger.set_member("alpha", "m1", monthly_limit=100)
     ledger.grant(7, effective_at=ledger.now, priority=99)
-    ledger.import_opening_balances([{"key": "1", "account_id": "beta", "amount": 3, "expires_at": "2031-01-31T12:00:00.5Z"}])
+    ledger.import_opening_balances(
+        [{"key": "1", "account_id": "beta", "amount": 3, "expires_at": "2031-01-31T12:00:00.5Z"}]
+    )
     ledger.reserve("alpha", 5, "open", member_id="m1")
     lot = ledger.grant(40, "beta")
     ledger.use(40, "beta")
