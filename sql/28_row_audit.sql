@@ -69,6 +69,7 @@ as $$
     left join lateral (select n.to_state
                          from credits.subscription_history n
                         where n.account_id = s.account_id and n.subscription_id = s.subscription_id
+                          and n.from_state <> n.to_state
                         order by n.history_id desc
                         limit 1) h on true
    where s.state <> coalesce(h.to_state, 'none')
