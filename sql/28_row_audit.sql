@@ -27,7 +27,7 @@ stable
 as $$
   select 'grants_are_what_was_asked_for', g.account_id,
          jsonb_build_object('grant_id', g.grant_id, 'expires_at', g.expires_at, 'effective_at', g.effective_at,
-                            'priority', g.priority, 'asked', g.fingerprint)
+                            'priority', g.priority, 'asked', g.fingerprint - 'description' - 'metadata')
     from credits.grants g
    where (_audit_terms.account_id is null or g.account_id = _audit_terms.account_id)
      and case when g.source ~ '^(adjust$|checkout:|top_up:)' then g.expires_at is not null
@@ -82,10 +82,14 @@ returns setof credits.audit_finding
 language sql
 stable
 as $$
+  with zones as materialized (
+    select distinct a.time_zone from credits.accounts a
+  ), unknown as materialized (
+    select z.time_zone from zones z where not credits._is_zone(z.time_zone)
+  )
   select 'time_zones_are_known', a.account_id, jsonb_build_object('time_zone', a.time_zone)
     from credits.accounts a
-    join (select distinct n.time_zone from credits.accounts n) z on z.time_zone = a.time_zone
-   where not credits._is_zone(z.time_zone)
+    join unknown u on u.time_zone = a.time_zone
 $$;
 
 -- Tried, since the list of all zones is read from as many files.
