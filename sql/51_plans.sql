@@ -217,6 +217,7 @@ begin
    where b.account_id = _start_internal.account_id;
   perform credits._advance(v_sub, 'active', _start_internal.cause);
   if v_sub.plan <> _start_internal.plan then
+    v_sub.state := 'active';
     perform credits._change_internal(v_sub, _start_internal.plan);
   end if;
 end $$;

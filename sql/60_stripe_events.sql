@@ -246,9 +246,9 @@ begin
   begin
     return _read_payload.payload::jsonb;
   exception when data_exception then
-    return regexp_replace(replace(_read_payload.payload, '\u0000', '\ufffd'),
-      '\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f][0-9a-f]{2})|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}',
-      '\\ufffd', 'gi')::jsonb;
+    return regexp_replace(replace(_read_payload.payload, E'\\u0000', E'\\ufffd'),
+      E'\\\\ud[89ab][0-9a-f]{2}(?!\\\\ud[c-f][0-9a-f]{2})|(?<!\\\\ud[89ab][0-9a-f]{2})\\\\ud[c-f][0-9a-f]{2}',
+      E'\\\\ufffd', 'gi')::jsonb;
   end;
 exception
   when invalid_text_representation or statement_too_complex then

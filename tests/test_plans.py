@@ -568,6 +568,8 @@ def test_canceling_now_and_beginning_anew_refills_nothing(ledger: Ledger) -> Non
     ledger.cancel_plan("alpha", at="now")
     ledger.change_plan("alpha", "max")
     assert ledger.available() == 550
+    changes = ledger.table("subscription_history", "from_state = to_state")
+    assert {(row.to_state, row.cause) for row in changes} == {("active", "change_plan")}
     ledger.now = FEBRUARY
     assert ledger.available() == 2000
     assert_sound(ledger)
