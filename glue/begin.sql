@@ -16,6 +16,22 @@ set local check_function_bodies = off;
 -- psql prints notices. What is dropped if it is there, or made if it is not, is no news to an operator.
 set local client_min_messages = warning;
 
+-- A schema that is not ours, or no longer, would fail later, in words about one of its tables.
+do $$
+declare
+  v_owner text := (select n.nspowner::regrole from pg_catalog.pg_namespace n where n.nspname = 'credits');
+  v_books boolean := pg_catalog.to_regnamespace('credits_migrations') is not null;
+begin
+  if v_owner <> 'credits_owner' and v_books then
+    raise 'the schema credits belongs to %, not to credits_owner: it was restored without the roles of pgcredits', v_owner
+      using hint = 'Make the roles, then restore the dump into an empty database, with owners and privileges: '
+                || 'docs/operations.md, "Back up and restore".';
+  elsif v_owner is not null and not v_books then
+    raise 'there is a schema credits, but no schema credits_migrations, which says what pgcredits has made of it'
+      using hint = 'A dump needs both: pg_dump --schema=''credits*''. A schema credits of your own needs another name.';
+  end if;
+end $$;
+
 -- The tables of yoyo-migrations 9 (its schema version 2), so that its command line understands them.
 create schema if not exists credits_migrations;
 create table if not exists credits_migrations._yoyo_migration (

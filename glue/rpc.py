@@ -285,6 +285,10 @@ async def prepare(conn: AsyncConnection[Any], settings: list[str]) -> None:
         log.error("cannot act for callers: %s", error)  # noqa: TRY400 - one line for each request, not a page
         hint = "The door's login may not take on the roles of callers; let it be credits_forwarder: docs/operations.md"
         raise not_now("not_ready", hint) from error
+    except psycopg.errors.ActiveSqlTransaction as error:  # PostgreSQL's way to say that it takes no writes
+        log.error("the server takes no writes: %s", error)  # noqa: TRY400 - as above
+        hint = "The server takes no writes now: it is a standby, or was set read-only. Try again, with the same key."
+        raise not_now("not_ready", hint) from error
 
 
 def profile(request: Request) -> str:

@@ -26,7 +26,7 @@ OPTIONS = frozenset(
     {"api_key", "stripe_version", "stripe_account", "stripe_context", "max_network_retries", "idempotency_key",
      "content_type", "headers", "base", "usage", "method_", "url_", "self"}
 )  # fmt: skip
-HEADERS = ("Date", "Request-Id", "Idempotent-Replayed")  # those of an answer that SQL reads
+HEADERS = ("Date", "Request-Id", "Idempotent-Replayed", "Retry-After")  # those of an answer that SQL reads
 
 log = logging.getLogger("pgcredits.worker")
 

@@ -52,6 +52,15 @@ as $$
   select make_interval(secs => extract(epoch from _exact.span)::double precision)
 $$;
 
+-- Whether a moment has a year of four digits in UTC, as JSON and the dates of most languages do; infinity has none.
+create or replace function credits._is_moment(at timestamptz)
+returns boolean
+language sql
+immutable
+as $$
+  select _is_moment.at between timestamptz '0001-01-01 00:00Z' and timestamptz '9999-12-31 23:59:59.999999Z'
+$$;
+
 -- Checks return what they have checked: an assignment is evaluated in place, while PERFORM runs a query.
 
 -- Amounts are numeric with at most 6 decimals; the upper bound also stops NaN and Infinity.

@@ -11,13 +11,13 @@ language plpgsql
 immutable
 as $$
 declare
-  v_fields   text[]    := regexp_split_to_array(_next_run.schedule, '\s+');
+  v_fields   text[]    := regexp_split_to_array(_next_run.schedule, E'\\s+');
   v_minutes  integer[] := credits._schedule_field(v_fields[1], 0, 59);
   v_hours    integer[] := credits._schedule_field(v_fields[2], 0, 23);
   v_days     integer[] := credits._schedule_field(v_fields[3], 1, 31);
   v_months   integer[] := credits._schedule_field(v_fields[4], 1, 12);
   v_weekdays integer[] := credits._schedule_field(v_fields[5], 0, 7);
-  v_either   boolean   := v_fields[3] !~ '^\*' and v_fields[5] !~ '^\*';  -- two days that are named: each of them
+  v_either   boolean   := v_fields[3] !~ E'^\\*' and v_fields[5] !~ E'^\\*';  -- two days that are named: each of them
   v_after    timestamp := _next_run.after at time zone 'UTC';
   v_day      date      := v_after::date;
   v_next     timestamp;
@@ -71,7 +71,7 @@ declare
   v_values integer[] := array[]::integer[];
 begin
   foreach v_part in array string_to_array(coalesce(nullif(_schedule_field.field, ''), '?'), ',') loop
-    v_found := regexp_match(v_part, '^(?:\*|(\d{1,2})(?:-(\d{1,2}))?)(?:/(\d{1,2}))?$');
+    v_found := regexp_match(v_part, E'^(?:\\*|(\\d{1,2})(?:-(\\d{1,2}))?)(?:/(\\d{1,2}))?$');
     v_from  := coalesce(v_found[1]::integer, _schedule_field.low);
     v_to    := coalesce(v_found[2]::integer, v_found[1]::integer, _schedule_field.high);
     if v_found is null or v_from < _schedule_field.low or v_to > _schedule_field.high or v_from > v_to

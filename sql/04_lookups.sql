@@ -7,7 +7,13 @@ with listed (purpose, path, narrow, mark, missing) as (values
   ('customer', '/v1/customers',         '{}',                       'account_id',        'again'),
   ('top_up',   '/v1/payment_intents',   '{customer}',               'top_up_id',         'failed'),
   ('checkout', '/v1/checkout/sessions', '{}',                       'checkout_id',       'failed'),
-  ('portal',   null,                    '{}',                       null,                'failed')
+  ('portal',   null,                    '{}',                       null,                'failed'),
+  ('change_plan',     null, '{}', null, 'failed'),  -- what is done to a subscription shows in it: it is retrieved
+  ('schedule_plan',   null, '{}', null, 'failed'),
+  ('schedule_phases', null, '{}', null, 'failed'),
+  ('release_plan',    null, '{}', null, 'failed'),
+  ('cancel_plan',     null, '{}', null, 'failed'),
+  ('resume_plan',     null, '{}', null, 'failed')
 ), kept as (
   insert into credits.stripe_lookups as k (purpose, path, narrow, mark, missing)
   select l.purpose, l.path, l.narrow, l.mark, l.missing from listed l
@@ -69,7 +75,7 @@ begin
   if not found or v_lookup.path is not null and v_request.params #>> array['metadata', v_lookup.mark] is null then
     return false;
   elsif v_lookup.path is null then
-    perform credits._end_missing(v_request, v_lookup.missing);
+    perform credits._end_missing(v_request, v_lookup.missing, 'outcome_unknown');
   else
     perform credits._request('lookup', v_request.request_id::text, 'get', v_lookup.path,
       (select coalesce(jsonb_object_agg(p.key, p.value), '{}')
@@ -110,7 +116,7 @@ begin
   elsif credits._has_more(v_list) and credits._last_id(v_list) is not null then
     perform credits._look_up(v_request, credits._last_id(v_list));
   else
-    perform credits._end_missing(v_request, v_lookup.missing);
+    perform credits._end_missing(v_request, v_lookup.missing, 'never_done');
   end if;
   return credits._applied();
 end $$;
@@ -139,9 +145,11 @@ begin
   perform credits._close_request(v_request, 'done', _answer_found.made, null);
 end $$;
 
+drop function if exists credits._end_missing(credits.stripe_requests, text);
 create or replace function credits._end_missing(
   request credits.stripe_requests,
-  missing text
+  missing text,
+  error   text
 )
 returns void
 language plpgsql
@@ -150,7 +158,7 @@ declare
   v_request credits.stripe_requests;
 begin
   update credits.stripe_requests r
-     set state = 'failed', error_type = 'never_done', finished_at = credits.now()
+     set state = 'failed', error_type = _end_missing.error, finished_at = credits.now()
    where r.request_id = (_end_missing.request).request_id
   returning r.* into v_request;
   if _end_missing.missing = 'again' then

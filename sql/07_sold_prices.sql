@@ -22,12 +22,24 @@ as $$
       select i.id, w.shown ->> 'currency', w.shown ->> 'every', 2, -i.place
         from unnest(p.stripe_price_ids) with ordinality i (id, place)
         cross join lateral (select credits._shown_price(credits._snapshot('price', i.id))) w (shown)
-       where i.place = cardinality(p.stripe_price_ids) or w.shown -> 'active' = 'true') n (price_id, currency, every, kind, place)
+       where (i.place = cardinality(p.stripe_price_ids) or w.shown -> 'active' = 'true')
+         and not credits._is_retired(i.id)) n (price_id, currency, every, kind, place)
    where p.code = _price_of_plan.plan
    order by coalesce((n.currency, n.every) = (o.shown ->> 'currency', o.shown ->> 'every'), false) desc,
             coalesce(n.currency = o.shown ->> 'currency', false) desc, n.kind, n.place
    limit 1
 $$;
+
+-- The catalogue sells nothing at it any more, whether Stripe has heard of that or not.
+create or replace function credits._is_retired(price_id text)
+returns boolean
+language plpgsql
+stable
+as $$
+begin
+  return exists (select from credits.sold_prices s
+                  where s.stripe_price_id = _is_retired.price_id and s.retired_at is not null);
+end $$;
 
 create or replace function credits._stored_prices(plan text)
 returns jsonb

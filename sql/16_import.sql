@@ -70,7 +70,7 @@ begin
   v_row.position      := _import_row.place;
   v_row.account_id    := _import_row.input ->> 'account_id';
   v_row.key           := _import_row.input ->> 'key';
-  v_row.amount        := case when v_amount ~ '^[0-9]{1,40}(\.[0-9]{0,40})?$' then trim_scale(v_amount::numeric) end;
+  v_row.amount        := case when v_amount ~ E'^[0-9]{1,40}(\\.[0-9]{0,40})?$' then trim_scale(v_amount::numeric) end;
   v_row.kind          := coalesce(nullif(_import_row.input ->> 'kind', ''), 'bonus');
   v_row.expires_at    := credits._any_moment(v_expires);
   v_row.cost          := case when v_cost ~ '^[0-9]{1,18}$' then v_cost::bigint end;
@@ -110,7 +110,7 @@ begin
     when (length(v_row.account_id) between 1 and 200) is not true            then 'account_id'
     when (credits._is_amount(v_row.amount) and v_row.amount > 0) is not true then 'amount'
     when credits._default_priority(v_row.kind) is null                       then 'kind'
-    when v_row.expires_at <= _import_argument.at                             then 'expires_at'
+    when v_row.expires_at <= _import_argument.at or not credits._is_moment(v_row.expires_at) then 'expires_at'
     when num_nonnulls(v_row.cost, v_row.cost_currency) = 1
          or v_row.cost_currency !~ '^[a-z]{3}$'                              then 'cost_currency'
     when v_row.account_kind not in ('user', 'organization')                  then 'account_kind' end;
@@ -141,8 +141,8 @@ language plpgsql
 stable
 as $$
 begin
-  return case when _any_moment.value !~ '^\d{4}-\d\d-\d\d([T ]\d\d:\d\d|$)' then null
-              when _any_moment.value ~ '^\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?)?$'
+  return case when _any_moment.value !~ E'^\\d{4}-\\d\\d-\\d\\d([T ]\\d\\d:\\d\\d|$)' then null
+              when _any_moment.value ~ E'^\\d{4}-\\d\\d-\\d\\d([T ]\\d\\d:\\d\\d(:\\d\\d(\\.\\d+)?)?)?$'
                 then _any_moment.value::timestamp at time zone 'UTC'
               else _any_moment.value::timestamptz end;
 exception when data_exception then
@@ -155,11 +155,13 @@ language plpgsql
 as $$
 declare
   v_rows credits.import_row[];
+  v_at   timestamptz;
 begin
   perform credits._open_imported(_import_rows.input);
   perform credits._lock_accounts(array(select distinct r.account_id from unnest(_import_rows.input) r where r.problem is null));
-  v_rows := credits._mark_import(_import_rows.input);
-  perform credits._book_import(v_rows, credits.now());
+  v_at   := credits.now();
+  v_rows := credits._mark_import(_import_rows.input, v_at);
+  perform credits._book_import(v_rows, v_at);
   perform credits._grant(r.account_id, r.amount, r.kind, r.expires_at, description => r.description, source => 'import',
                          cost => r.cost, cost_currency => r.cost_currency, key => 'import:' || r.key,
                          fingerprint => r.fingerprint)
@@ -228,9 +230,13 @@ begin
      order by r.account_id collate "C", r.position;
 end $$;
 
--- wrong and closed are refused; known was brought in before, or earlier in this call; alone is an account with debt or scoped
--- credits, which a grant has to look at; all others are fresh.
-create or replace function credits._mark_import(input credits.import_row[])
+-- wrong and closed are refused, and what ended while the locks were waited for; known was brought in before, or earlier in this
+-- call; alone is an account with debt or scoped credits, which a grant has to look at; all others are fresh.
+drop function if exists credits._mark_import(credits.import_row[]);
+create or replace function credits._mark_import(
+  input credits.import_row[],
+  at    timestamptz
+)
 returns credits.import_row[]
 language plpgsql
 stable
@@ -238,17 +244,18 @@ as $$
 begin
   return array(
     select row(r.position, r.account_id, r.key, r.amount, r.kind, r.expires_at, r.cost, r.cost_currency, r.description, r.email,
-               r.account_kind, r.plan, r.fingerprint, r.argument, r.problem,
-               case when r.problem is not null                            then 'wrong'
+               r.account_kind, r.plan, r.fingerprint, l.argument, coalesce(r.problem, credits._import_hint(l.argument)),
+               case when l.argument is not null                           then 'wrong'
                     when g.grant_id is not null                           then 'known'
                     when b.status = 'closed'                              then 'closed'
-                    when row_number() over (partition by r.account_id, r.key, r.problem is null
+                    when row_number() over (partition by r.account_id, r.key, l.argument is null
                                             order by r.position) > 1      then 'known'
                     when b.debt > 0 or b.has_scoped                       then 'alone'
                     else                                                       'fresh' end)::credits.import_row
       from unnest(_mark_import.input) r
       left join credits.grants g on g.account_id = r.account_id and g.key = 'import:' || r.key
-      left join credits.balances b on b.account_id = r.account_id
+      left join credits.balances b on b.account_id = r.account_id,
+           lateral (select coalesce(r.argument, case when r.expires_at <= _mark_import.at then 'expires_at' end) as argument) l
      order by r.position);
 end $$;
 

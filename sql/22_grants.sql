@@ -128,14 +128,15 @@ as $$
 declare
   v_wrong text := case
     when credits._default_priority(_check_grant.kind) is null then 'kind'
-    when not isfinite(_check_grant.effective_at) then 'effective_at'
-    when not isfinite(_check_grant.expires_at) or _check_grant.expires_at <= _check_grant.effective_at then 'expires_at'
+    when not credits._is_moment(_check_grant.effective_at) then 'effective_at'
+    when not credits._is_moment(_check_grant.expires_at) or _check_grant.expires_at <= _check_grant.effective_at then 'expires_at'
     when array_ndims(_check_grant.scope) > 1 or cardinality(_check_grant.scope) = 0
          or array_position(_check_grant.scope, null) is not null then 'scope' end;
 begin
   if v_wrong is not null then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', v_wrong),
-      'kind is plan, trial, promo, bonus, gift or purchase; expires_at is later than now and than effective_at; scope names capabilities.');
+      'kind is plan, trial, promo, bonus, gift or purchase; expires_at is later than now and than effective_at, and neither is '
+      'beyond the year 9999 (leave expires_at out for never); scope names capabilities.');
   end if;
 end $$;
 
@@ -223,13 +224,14 @@ begin
     _insert_grant.description, _insert_grant.key, _insert_grant.fingerprint, coalesce(_insert_grant.metadata, '{}'))
   returning g.* into v_grant;
 
+  -- One that starts later has no entry, and is written all the same: who began with an older snapshot (repeatable read) is
+  -- not to work out without it what falls due next.
   update credits.balances b
      set next_due_at = least(b.next_due_at, v_grant.expires_at,
                              case v_grant.status when 'pending' then v_grant.effective_at end),
          has_scoped  = b.has_scoped or v_grant.scope is not null
    where b.account_id = v_grant.account_id
-     and (b.next_due_at > least(v_grant.expires_at, case v_grant.status when 'pending' then v_grant.effective_at end)
-          or v_grant.scope is not null);
+     and (b.next_due_at > v_grant.expires_at or v_grant.scope is not null or v_grant.status = 'pending');
   return v_grant;
 end $$;
 

@@ -19,6 +19,7 @@ declare
   v_print  jsonb   := credits._fingerprint(jsonb_build_object(
                         'amount', v_amount, 'to_account_id', transfer_credits.to_account_id,
                         'description', transfer_credits.description), transfer_credits.metadata);
+  v_at     timestamptz;
   v_from   credits.balances;
   v_to     credits.balances;
   v_entry  credits.entries;
@@ -31,13 +32,11 @@ begin
       'Credits go to another account.');
   end if;
 
-  if transfer_credits.from_account_id < transfer_credits.to_account_id collate "C" then
-    v_from := credits._lock_account(transfer_credits.from_account_id);
-    v_to   := credits._lock_account(transfer_credits.to_account_id);
-  else
-    v_to   := credits._lock_account(transfer_credits.to_account_id);
-    v_from := credits._lock_account(transfer_credits.from_account_id);
-  end if;
+  -- Both are locked before what is due is booked: while the second lock is waited for, credits of the first may end.
+  perform credits._lock_accounts(array[transfer_credits.from_account_id, transfer_credits.to_account_id]);
+  v_at   := credits.now();
+  v_from := credits._lock_account(transfer_credits.from_account_id);
+  v_to   := credits._lock_account(transfer_credits.to_account_id);
 
   v_entry := credits._first_entry(transfer_credits.from_account_id, 'transfer', transfer_credits.key, v_print,
                                   uses => true);
@@ -59,7 +58,7 @@ begin
   v_entry.description := transfer_credits.description;
   v_entry.metadata    := transfer_credits.metadata;
   v_entry := credits._post(v_from, v_entry, v_slices);
-  perform credits._receive_gift(v_to, v_entry);
+  perform credits._receive_gift(v_to, v_entry, v_at);
   if v_entry.available_after < v_from.topup_below then
     perform credits._after_debit(v_entry.account_id);
   end if;
@@ -74,10 +73,13 @@ Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, 40
 
 -- Helpers ------------------------------------------------------------------------------------------------------------
 
--- What was given keeps the expiry and the cost of the grants it came from: no transfer makes credits live longer.
+-- What was given keeps the expiry and the cost of the grants it came from: no transfer makes credits live longer. It starts
+-- at a moment at which what was given had not ended.
+drop function if exists credits._receive_gift(credits.balances, credits.entries);
 create or replace function credits._receive_gift(
   balance credits.balances,
-  given   credits.entries
+  given   credits.entries,
+  at      timestamptz
 )
 returns void
 language plpgsql
@@ -94,7 +96,7 @@ begin
      group by g.expires_at, g.cost_currency
      order by g.expires_at nulls last, g.cost_currency
   loop
-    v_grant := credits._insert_grant((_receive_gift.balance).account_id, v_gift.amount, 'gift', credits.now(), v_gift.expires_at,
+    v_grant := credits._insert_grant((_receive_gift.balance).account_id, v_gift.amount, 'gift', _receive_gift.at, v_gift.expires_at,
       description => (_receive_gift.given).description, source => 'transfer:' || (_receive_gift.given).account_id,
       cost => v_gift.cost, cost_currency => v_gift.cost_currency);
     v_entry             := null;

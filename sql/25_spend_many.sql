@@ -43,7 +43,7 @@ immutable
 as $$
   select coalesce(array_agg(row(
            r.position, r.request ->> 'account_id',
-           case when r.request ->> 'amount' ~ '^[-+]?[0-9]{1,40}(\.[0-9]{0,40})?$'
+           case when r.request ->> 'amount' ~ E'^[-+]?[0-9]{1,40}(\\.[0-9]{0,40})?$'
                 then trim_scale((r.request ->> 'amount')::numeric) end,
            r.request ->> 'description', r.request ->> 'subject', r.request ->> 'member_id',
            r.request ->> 'capability', r.request ->> 'key', nullif(r.request -> 'metadata', 'null'), false

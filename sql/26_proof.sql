@@ -67,6 +67,8 @@ begin
   return query select f.* from credits._audit_purchases() f;
   return query select f.* from credits._audit_stripe() f;
   return query select f.* from credits._audit_usages() f;
+  return query select f.* from credits._audit_histories() f;
+  return query select f.* from credits._audit_zones() f;
 end $$;
 comment on function credits.audit() is
 'Checks every invariant over the whole database; no rows means sound.
@@ -95,6 +97,8 @@ begin
   return query select f.* from credits._audit_chain(_audit_ledger.account_id) f;
   return query select f.* from credits._audit_grants(_audit_ledger.account_id) f;
   return query select f.* from credits._audit_members(_audit_ledger.account_id) f;
+  return query select f.* from credits._audit_holds(_audit_ledger.account_id) f;
+  return query select f.* from credits._audit_terms(_audit_ledger.account_id) f;
 
   return query
     select 'held_is_the_sum_of_open_reservations', b.account_id,
@@ -220,24 +224,6 @@ begin
                   group by n.account_id) g on g.account_id = b.account_id
      where (_audit_grants.account_id is null or b.account_id = _audit_grants.account_id)
        and (b.balance <> coalesce(g.amount, 0) or b.held <> coalesce(g.held, 0) or b.debt > 0 and g.free > 0);
-end $$;
-
--- What each member has used in the present month, counted anew. Months that are over are not kept.
-create or replace function credits._audit_members(account_id text)
-returns setof credits.audit_finding
-language plpgsql
-stable
-as $$
-declare
-  v_now timestamptz := credits.now();
-begin
-  return query
-    select 'member_use_is_what_entries_say', m.account_id,
-           jsonb_build_object('member_id', m.member_id, 'month_start', m.month_start, 'month_used', m.month_used,
-                              'entries_month', c.month_start, 'entries_used', c.month_used)
-      from credits._members_counted(_audit_members.account_id, v_now) c
-      join credits.members m on m.account_id = c.account_id and m.member_id = c.member_id
-     where case m.month_start when c.month_start then m.month_used else 0 end <> c.month_used;
 end $$;
 
 -- What no single account can tell.

@@ -39,6 +39,14 @@ begin
      where s.source = 'internal' and s.state in ('active', 'canceling')
      group by s.account_id
     having count(*) > 1;
+  return query
+    select 'payments_have_bought_once', min(p.account_id),
+           jsonb_build_object('payment_id', p.stripe_payment_intent_id,
+                              'purchases', array_agg(p.purchase_id order by p.purchase_id))
+      from credits.purchases p
+     where p.grant_id is not null and p.stripe_payment_intent_id is not null
+     group by p.stripe_payment_intent_id
+    having count(*) > 1;
   return query select f.* from credits._audit_clawbacks() f;
   return query select f.* from credits._audit_top_ups() f;
 end $$;

@@ -34,7 +34,7 @@ begin
     from credits.balances b
    where b.account_id = reserve.account_id and b.status = 'active' and credits._is_plain(b)
      and credits._is_request(reserve.amount, reserve.reservation_id, reserve.metadata)
-     and reserve.min_amount is null and v_ttl > interval '0' and v_ttl <= interval '15 minutes'
+     and reserve.min_amount is null and extract(epoch from v_ttl) > 0 and extract(epoch from v_ttl) <= 900
      for no key update;
 
   -- Mostly the first grant can hold it all. If it cannot, or the reservation is known, nothing has happened yet. What

@@ -125,10 +125,12 @@ returns interval
 language plpgsql
 stable
 as $$
+declare
+  v_span numeric := extract(epoch from _check_ttl.ttl);  -- as intervals compare, 365 days are longer than 12 months
 begin
   -- The default needs no look at the settings.
-  if (_check_ttl.ttl > interval '0' and (_check_ttl.ttl <= interval '15 minutes'
-      or _check_ttl.ttl <= (credits._setting('reservation_max_age') #>> '{}')::interval)) is not true then
+  if (v_span > 0 and (v_span <= 900
+      or v_span <= extract(epoch from (credits._setting('reservation_max_age') #>> '{}')::interval))) is not true then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'ttl', 'ttl', _check_ttl.ttl::text),
       'ttl is above zero and at most the setting reservation_max_age (24 hours).');
   end if;

@@ -210,7 +210,8 @@ begin
     at => _expire_reservation.at);
 end $$;
 
--- The reservation is the stored result of the call that closes it. The one place where counted ones end.
+-- The reservation is the stored result of the call that closes it. The one place where counted ones end, and those that had
+-- run out before their member was added.
 create or replace function credits._close(
   hold    credits.reservations,
   status  text,
@@ -244,7 +245,7 @@ begin
                                             'available', v_available)
    where r.account_id = (_close.hold).account_id and r.reservation_id = (_close.hold).reservation_id
   returning r.* into v_hold;
-  if v_hold.counted then
+  if v_hold.counted or v_hold.late and credits._is_listed(v_hold.account_id, v_hold.member_id) then
     perform credits._count_end(_close.hold, v_hold);
     perform credits._close_usage(_close.hold, _close.status, _close.charged);
   end if;

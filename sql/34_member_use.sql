@@ -98,7 +98,7 @@ end $$;
 
 -- Members as they should be in the month of a moment, by the entries and open reservations: one, those of an account, or
 -- all. What is charged, held or given back belongs to the month in which the spend or the reserve was made. A hold that has
--- run out counts until that is booked. Part of the plan of whoever calls it, if the moment is a variable.
+-- run out counts until that is booked. Where nobody knows the time zone there are no months. Part of the plan of whoever calls it, if the moment is a variable.
 create or replace function credits._members_counted(
   account_id text,
   at         timestamptz,
@@ -115,6 +115,7 @@ as $$
            lateral (select credits._window('month', _members_counted.at, a.time_zone) as month_start) n
      where (_members_counted.account_id is null or a.account_id = _members_counted.account_id)
        and exists (select from credits.members m where m.account_id = a.account_id)
+       and credits._is_zone(a.time_zone)
   ), uses as (
     select e.account_id, e.member_id, e.debt - e.amount as amount,
            coalesce(r.created_at, s.created_at, e.created_at) as made_at

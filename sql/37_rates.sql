@@ -126,6 +126,39 @@ as $$
     from jsonb_array_elements(_units_of.lines) l
 $$;
 
+-- Capabilities of a document that count another unit than the stored ones, while a price, now or to come, goes on counting the one
+-- before, and no other: nobody could tell it how much was used.
+create or replace function credits._unit_problems(
+  catalog jsonb,
+  stored  jsonb,
+  at      timestamptz
+)
+returns setof credits.catalog_problem
+language sql
+stable
+as $$
+  with units as (
+    select c.key as capability, o.value ->> 'unit' as before, credits._unit_in(_unit_problems.catalog, c.key) as unit
+      from jsonb_each(credits._object(_unit_problems.catalog -> 'capabilities')) c
+      join jsonb_each(_unit_problems.stored -> 'capabilities') o on o.key = c.key
+  ), rates as (
+    select u.*, r.value -> 'price' as price, f.valid_from,
+           max(f.valid_from) filter (where f.valid_from <= _unit_problems.at)
+             over (partition by u.capability, r.value ->> 'quality', r.value ->> 'model') as present_from
+      from units u
+      join jsonb_array_elements(credits._list((_unit_problems.stored || _unit_problems.catalog) -> 'rates')) r
+        on r.value ->> 'capability' = u.capability,
+           lateral (select coalesce(credits._catalog_moment(r.value ->> 'valid_from'), '-infinity') as valid_from) f
+     where u.before <> u.unit
+  )
+  select distinct jsonb_build_array('capabilities', r.capability, 'unit'),
+         format('its price counts %s: give it one that counts %s', r.before, r.unit)
+    from rates r
+   where r.valid_from >= coalesce(r.present_from, '-infinity')
+     and case when not exists (select from credits._price_problems(r.price, '[]'))
+              then credits._units_of(credits._normal_price(r.price, r.unit) -> 'lines') = array[r.before] end
+$$;
+
 create or replace function credits._check_units(
   unit  text,
   units numeric

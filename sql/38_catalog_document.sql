@@ -155,6 +155,7 @@ declare
 begin
   return query select * from credits._document_problems(_catalog_problems.catalog, v_whole);
   return query select * from credits._stripe_problems(v_catalog, _catalog_problems.stored);
+  return query select * from credits._unit_problems(v_catalog, _catalog_problems.stored, _catalog_problems.at);
   return query select * from credits._history_problems(credits._list(v_catalog -> 'rates'), v_whole, _catalog_problems.at);
   if v_catalog ?| array['capabilities', 'quality_levels', 'models', 'plans', 'rates'] then
     return query select * from credits._unpriced(v_whole, _catalog_problems.at);
@@ -283,12 +284,12 @@ language plpgsql
 stable
 as $$
 begin
-  if _catalog_moment.value ~ '^\d{4}-\d\d-\d\d$' then
+  if _catalog_moment.value ~ E'^\\d{4}-\\d\\d-\\d\\d$' then
     return (_catalog_moment.value || ' 00:00Z')::timestamptz;
-  elsif _catalog_moment.value ~ '^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)$' then
+  elsif _catalog_moment.value ~ E'^\\d{4}-\\d\\d-\\d\\d[T ]\\d\\d:\\d\\d(:\\d\\d(\\.\\d+)?)?(Z|[+-]\\d\\d(:?\\d\\d)?)$' then
     return (select m.at
               from (select _catalog_moment.value::timestamptz) m (at)
-             where m.at between '0001-01-01 00:00Z' and '9999-12-31 23:59:59.999999Z');
+             where credits._is_moment(m.at));
   end if;
   return null;
 exception when datetime_field_overflow or invalid_datetime_format or invalid_time_zone_displacement_value then

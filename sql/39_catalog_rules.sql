@@ -164,7 +164,7 @@ immutable
 as $$
   select coalesce((select jsonb_object_agg(e.key, e.value)
                      from jsonb_each(credits._object(_with_stripe_ids.stored)) e
-                    where e.key like 'stripe\_%'), '{}') || credits._object(_with_stripe_ids.given)
+                    where e.key like E'stripe\\_%'), '{}') || credits._object(_with_stripe_ids.given)
 $$;
 
 create or replace function credits._history_problems(

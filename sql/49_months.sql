@@ -100,6 +100,19 @@ as $$
                     floor(extract(epoch from _month_of.period_start))))::credits.wanted_slice
 $$;
 
+-- The credits that a month came with, if nothing has changed it yet.
+create or replace function credits._month_granted(subscription credits.subscriptions)
+returns numeric
+language sql
+stable
+as $$
+  select max(g.amount)
+    from credits.plan_grants p
+    join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
+   where p.account_id = (_month_granted.subscription).account_id
+     and p.allowance_id = 'plan' and p.period_end = (_month_granted.subscription).period_end
+$$;
+
 -- The anniversary after the one at a moment, counted by its number: the moment may be that of another time zone.
 create or replace function credits._next_anniversary(
   anchor_at timestamptz,

@@ -15,12 +15,13 @@ declare
   v_at  text := coalesce(credits._check_word(change_plan.at, 'at', '{now,period_end}'), 'now');
   v_sub credits.subscriptions;
 begin
-  if not exists (select from credits.plans p where p.code = change_plan.plan and p.active) then
-    perform credits._fail(404, 'plan_not_found', jsonb_build_object('plan', change_plan.plan));
-  end if;
   perform credits._lock_account(change_plan.account_id);
   perform credits._check_open(change_plan.account_id);
   v_sub := credits._own_subscription(change_plan.account_id);
+  if not exists (select from credits.plans p
+                  where p.code = change_plan.plan and (p.active or p.code = v_sub.plan)) then  -- who stays takes nothing
+    perform credits._fail(404, 'plan_not_found', jsonb_build_object('plan', change_plan.plan));
+  end if;
 
   if v_sub.source = 'stripe' then
     perform credits._request_plan(v_sub, change_plan.plan, v_at);
@@ -37,9 +38,10 @@ comment on function credits.change_plan(text, text, text) is
 
 at is now or period_end. Now grants the difference to a larger plan for the rest of the period, once: going down and up again
 refills nothing, and nothing is taken back. At period_end the new plan is pending until then; a change back to the present
-plan withdraws it. A plan that was canceled to the end of its period and gets another one for then goes on. The subscription of
-a Stripe customer is changed at Stripe: the request waits in stripe_requests, and the state follows when Stripe says so. Of
-several words before Stripe was asked the last one counts; while it is being asked another one is refused.
+plan withdraws it, also where that is sold no more. A plan that was canceled to the end of its period and gets another one for
+then goes on. The subscription of a Stripe customer is changed at Stripe: the request waits in stripe_requests, and the state
+follows when Stripe says so. Of several words before Stripe was asked the last one counts; while it is being asked another one
+is refused.
 Errors: 400 invalid_request, 404 account_not_found, plan_not_found, price_not_found, 409 illegal_transition,
 plan_change_in_progress, 423 account_closed.';
 
@@ -215,6 +217,7 @@ begin
    where b.account_id = _start_internal.account_id;
   perform credits._advance(v_sub, 'active', _start_internal.cause);
   if v_sub.plan <> _start_internal.plan then
+    v_sub.state := 'active';
     perform credits._change_internal(v_sub, _start_internal.plan);
   end if;
 end $$;
@@ -262,7 +265,8 @@ begin
 end $$;
 
 -- The difference to a larger plan, for the rest of the period. Larger is measured against the largest that the period has
--- seen, so a way down and up again brings nothing.
+-- seen, so a way down and up again brings nothing. What the catalogue makes of a plan meanwhile counts from the next month on:
+-- this one is what was granted for it.
 create or replace function credits._change_internal(
   subscription credits.subscriptions,
   plan         text
@@ -273,7 +277,7 @@ as $$
 declare
   v_sub    credits.subscriptions := _change_internal.subscription;
   v_now    timestamptz := credits.now();
-  v_highest numeric := greatest(v_sub.highest_credits, credits._plan_credits(v_sub.plan));
+  v_highest numeric := coalesce(v_sub.highest_credits, credits._month_granted(v_sub), credits._plan_credits(v_sub.plan));
   v_new     numeric := credits._plan_credits(_change_internal.plan);
   v_more    numeric := round((v_new - v_highest) * extract(epoch from v_sub.period_end - v_now)
                              / extract(epoch from v_sub.period_end - v_sub.period_start), 6);
@@ -286,6 +290,7 @@ begin
   if v_more > 0 and not credits._is_resting(v_sub, v_now) then
     perform credits._grant_slice(v_sub.account_id, v_sub.subscription_id, 'plan', null, 0, v_more, 'plan',
       _change_internal.plan, v_sub.period_start, v_sub.period_end, v_sub.period_end,
-      format('plan:%s:%s:%s', v_sub.subscription_id, floor(extract(epoch from v_sub.period_start)), _change_internal.plan));
+      format('plan:%s:%s:%s:%s', v_sub.subscription_id, floor(extract(epoch from v_sub.period_start)), _change_internal.plan,
+             trim_scale(v_new)));  -- a plan may be reached twice, the second time with more
   end if;
 end $$;

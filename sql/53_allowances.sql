@@ -121,7 +121,8 @@ begin
   end loop;
 end $$;
 
--- It was never in the ledger, so it leaves nothing behind.
+-- It was never in the ledger, so it leaves nothing behind. Of one that was cut before it started the cut stays, as a grant of
+-- that much; its key is free for what comes instead.
 create or replace function credits._drop_pending(
   account_id text,
   key        text
@@ -131,7 +132,14 @@ language sql
 as $$
   delete from credits.grants g
    where g.account_id = _drop_pending.account_id and g.key = _drop_pending.key and g.status = 'pending'
-     and g.revoked = 0
+     and g.revoked = 0;
+  delete from credits.plan_grants p
+   using credits.grants g
+   where g.account_id = _drop_pending.account_id and g.key = _drop_pending.key and g.status = 'pending'
+     and p.account_id = g.account_id and p.grant_id = g.grant_id;
+  update credits.grants g
+     set amount = g.revoked, remaining = 0, status = 'revoked', key = concat_ws(':', g.key, g.grant_id)
+   where g.account_id = _drop_pending.account_id and g.key = _drop_pending.key and g.status = 'pending'
 $$;
 
 -- The slices that are due at a moment and the ones to come next. A closed account gets none.

@@ -63,11 +63,13 @@ declare
   v_amount     numeric := credits._check_amount(add_subscription_credits.credits);
   v_account_id text := credits._account_of_customer(add_subscription_credits.customer_id);
   v_grant      credits.grant_result;
+  v_linked     boolean;
 begin
   perform credits._check_key(add_subscription_credits.invoice_id, 'invoice_id');
   perform credits._check_key(add_subscription_credits.subscription_id, 'subscription_id');
-  perform credits._take_invoice(v_account_id, add_subscription_credits.invoice_id, add_subscription_credits.subscription_id);
+  v_linked := credits._take_invoice(v_account_id, add_subscription_credits.invoice_id, add_subscription_credits.subscription_id);
   perform credits._lock_account(v_account_id);
+  perform credits._pause_if_disputed(add_subscription_credits.invoice_id, v_account_id) where v_linked;
   if not exists (select from credits.allowances a
                   where a.account_id = v_account_id and a.invoice_id = add_subscription_credits.invoice_id) then
     v_grant := credits._grant_for_invoice(v_account_id, add_subscription_credits.invoice_id,
@@ -152,13 +154,14 @@ end $$;
 
 -- Takes the fact that stands for the credits of an invoice, or finds it taken. The row of the invoice is locked first, as its
 -- own events do, so of two that come at the same time the second sees what the first has done. A payment that was heard of
--- before anybody knew the account is linked now, so that its refunds find the grant.
+-- before anybody knew the account is linked now, so that its refunds find the grant; answers whether there was one.
+drop function if exists credits._take_invoice(text, text, text);
 create or replace function credits._take_invoice(
   account_id      text,
   invoice_id      text,
   subscription_id text
 )
-returns void
+returns boolean
 language plpgsql
 as $$
 declare
@@ -176,7 +179,7 @@ begin
       'The invoice or the subscription belongs to another account than the customer.');
   end if;
   v_invoice.invoice_id := _take_invoice.invoice_id;
-  perform credits._link_invoice_payments(coalesce(v_object, '{}'), v_invoice, _take_invoice.account_id);
+  return credits._link_invoice_payments(coalesce(v_object, '{}'), v_invoice, _take_invoice.account_id);
 end $$;
 
 -- The grant, and what it is a slice of: it rolls over and is clawed back like those that events make. How much it is, the

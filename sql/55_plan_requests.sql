@@ -20,7 +20,7 @@ declare
                        limit 1);
   v_schedule text := credits._schedule_of(v_sub.subscription_id);
 begin
-  if v_price is null or v_item is null then
+  if (v_price is null or v_item is null) and _request_plan.plan is distinct from v_sub.plan then
     perform credits._fail(404, 'price_not_found', jsonb_build_object('plan', _request_plan.plan),
       'Publish the plan, or give it its stripe_price_ids: without a price it cannot be sold at Stripe.');
   end if;
@@ -189,6 +189,22 @@ as $$
                                  '{"cancel_at_period_end": false}')
     from (select (_request_resume.subscription).*) s
 $$;
+
+-- Nothing comes of a word, or nobody knows what came of it. The subscription tells: what was shown as pending is so no more,
+-- unless a schedule says so. No account is locked here, since many may be given up at once.
+create or replace function credits._on_failed_plan(notice credits.stripe_notice)
+returns credits.handler_result
+language plpgsql
+as $$
+declare
+  v_payment credits.stripe_notice := credits._shape_declined(_on_failed_plan.notice);
+begin
+  if v_payment.object_id is not null then
+    perform credits._mirror(v_payment);
+  end if;
+  perform credits._ask_anew((credits._answered(_on_failed_plan.notice)).ref);
+  return credits._applied();
+end $$;
 
 -- Schedules ---------------------------------------------------------------------------------------------------------
 

@@ -82,9 +82,9 @@ begin
     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
    where p.account_id = _roll_over.account_id and p.subscription_id = _roll_over.subscription_id
      and _roll_over.at in (p.period_end, p.period_start);
-  if v_target > v_done and v_next is not null then
+  if v_target > v_done and v_next is not null then  -- what is too much for one grant comes with the next: a grant asks again
     perform credits._grant_slice(_roll_over.account_id, _roll_over.subscription_id, 'rollover', null, 0,
-      v_target - v_done, 'plan', v_plan.code, _roll_over.at, v_next, v_next,
+      least(v_target - v_done, 999999999999.999999), 'plan', v_plan.code, _roll_over.at, v_next, v_next,
       format('rollover:%s:%s:%s', _roll_over.subscription_id, floor(extract(epoch from _roll_over.at)), trim_scale(v_done)));
   end if;
 end $$;
@@ -105,6 +105,7 @@ declare
   v_next  credits.subscriptions;
   v_plan  credits.plans;
   v_month credits.wanted_slice;
+  v_freed credits.freed_slice[];  -- asked for once: it goes through all the months itself
   v_carry numeric := 0;
 begin
   if (_rolled_over.balance).next_due_at > v_at then
@@ -117,15 +118,16 @@ begin
   if not found then
     return;
   end if;
-  v_carry := credits._returned_late(_rolled_over.balance, v_sub, v_at);
+  v_freed := array(select d from credits._freed_at(_rolled_over.balance, v_at) d);
+  v_carry := credits._returned_late(v_sub, v_freed);
   while v_sub.period_end <= v_at and v_sub.state in ('active', 'canceling') loop
     select p.* into v_plan from credits.plans p where p.code = v_sub.plan;
     v_next  := credits._internal_at(v_sub, v_sub.period_end);
-    v_carry := v_carry + credits._unspent(_rolled_over.balance, v_sub, v_sub.period_end, v_at);
+    v_carry := v_carry + credits._unspent(v_sub, v_sub.period_end, v_freed);
     if not credits._granted_for(v_sub) and not credits._is_resting(v_sub, v_at) then
       v_month := credits._month_of(v_sub, v_sub.plan, v_sub.period_start, v_sub.period_end);
       v_carry := v_carry + v_month.amount
-                 - credits._paid_by_months(_rolled_over.balance, array[v_month.key], v_at);
+                 - coalesce((select sum(d.paid) from unnest(v_freed) d where d.month_key = v_month.key), 0);
     end if;
     v_carry := case when v_plan.rollover = 'none' or not credits._goes_on(v_next) then 0
                     else least(v_carry, v_plan.rollover_cap) end;
@@ -148,12 +150,12 @@ as $$
                  and not credits._is_resting(_goes_on.subscription, (_goes_on.subscription).period_start))
 $$;
 
--- What has expired, or will have by a moment, of the plan credits that end at a boundary, with the holds that come back.
+-- What has expired, or will have, of the plan credits that end at a boundary, with the holds that come back.
+drop function if exists credits._unspent(credits.balances, credits.subscriptions, timestamptz, timestamptz);
 create or replace function credits._unspent(
-  balance      credits.balances,
   subscription credits.subscriptions,
   ends         timestamptz,
-  at           timestamptz
+  freed        credits.freed_slice[]
 )
 returns numeric
 language sql
@@ -163,35 +165,34 @@ as $$
     from credits.plan_grants p
     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id and g.kind = 'plan'
     left join (select d.grant_id, sum(case when d.returned then d.amount else 0 end - d.paid) as free
-                 from credits._freed_at(_unspent.balance, _unspent.at) d
+                 from unnest(_unspent.freed) d
                 group by d.grant_id) f on f.grant_id = g.grant_id
-   where p.account_id = (_unspent.balance).account_id and p.subscription_id = (_unspent.subscription).subscription_id
+   where p.account_id = (_unspent.subscription).account_id and p.subscription_id = (_unspent.subscription).subscription_id
      and p.period_end = _unspent.ends
 $$;
 
 -- Holds of the month before the present one that have run out: more of that month rolls over than was booked.
+drop function if exists credits._returned_late(credits.balances, credits.subscriptions, timestamptz);
 create or replace function credits._returned_late(
-  balance      credits.balances,
   subscription credits.subscriptions,
-  at           timestamptz
+  freed        credits.freed_slice[]
 )
 returns numeric
 language sql
 stable
 as $$
   select coalesce((
-    select greatest(0, least(u.credits, n.rollover_cap)
+    select greatest(0, least(credits._unspent(_returned_late.subscription, s.period_start, _returned_late.freed),
+                             n.rollover_cap)
                        - coalesce((select sum(g.amount)
                                      from credits.plan_grants p
                                      join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
                                     where p.account_id = s.account_id and p.subscription_id = s.subscription_id
                                       and p.period_start = s.period_start and p.allowance_id = 'rollover'), 0))
       from (select (_returned_late.subscription).*) s
-      join credits.plans n on n.code = s.plan and n.rollover <> 'none',
-           lateral (select credits._unspent(_returned_late.balance, _returned_late.subscription, s.period_start,
-                                            _returned_late.at) as credits) u
+      join credits.plans n on n.code = s.plan and n.rollover <> 'none'
      where credits._granted_for(_returned_late.subscription)
-       and exists (select from credits._freed_at(_returned_late.balance, _returned_late.at) d
+       and exists (select from unnest(_returned_late.freed) d
                      join credits.plan_grants p on p.account_id = s.account_id and p.grant_id = d.grant_id
                     where p.period_end = s.period_start and d.returned and d.amount > d.paid)), 0)
 $$;
@@ -223,9 +224,30 @@ begin
   if v_slice.period_start = _after_turn.at and v_slice.invoice_id is not null then
     perform credits._claw_slice(_after_turn.account_id, v_slice);
   end if;
-  perform credits._roll_over(_after_turn.account_id, v_slice.subscription_id, _after_turn.at);
+  if not credits._ends_with_others(_after_turn.account_id, v_slice.subscription_id, _after_turn.at) then
+    perform credits._roll_over(_after_turn.account_id, v_slice.subscription_id, _after_turn.at);
+  end if;
   return v_next;
 end $$;
+
+-- Whether more of a subscription's plan credits are about to end at the same moment. The last ones roll over together: one by one
+-- there would be a grant more each month.
+create or replace function credits._ends_with_others(
+  account_id      text,
+  subscription_id text,
+  at              timestamptz
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (
+    select from credits.grants g
+      join credits.plan_grants p on p.account_id = g.account_id and p.grant_id = g.grant_id
+     where g.account_id = _ends_with_others.account_id and g.status = 'active' and g.kind = 'plan' and g.remaining > 0
+       and g.expires_at <= _ends_with_others.at
+       and p.subscription_id = _ends_with_others.subscription_id and p.period_end = _ends_with_others.at)
+$$;
 
 create or replace function credits._claw_slice(
   account_id text,

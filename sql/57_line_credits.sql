@@ -150,7 +150,7 @@ declare
                             then coalesce((_unit_credits.price).trial_credits, v_product.trial_credits)
                             else coalesce((_unit_credits.price).credits, v_product.credits) end;
 begin
-  if v_said ~ '^[0-9]{1,12}(\.[0-9]{1,6})?$' then
+  if v_said ~ E'^[0-9]{1,12}(\\.[0-9]{1,6})?$' then
     return v_said::numeric;
   elsif v_said is not null then
     perform credits._park('credits_malformed', 'price:' || (_unit_credits.price).price_id,

@@ -193,18 +193,21 @@ begin
   return query
     select e.event_id, e.endpoint, e.type, e.status, e.reason, e.error, e.attempts, e.next_attempt_at, e.created_at,
            e.received_at, e.applied_at, e.object_id, e.waits_for, e.effects, e.archived_at
-      from credits.stripe_events e
-     where (list_stripe_events.status is null or e.status = list_stripe_events.status)
-       and (list_stripe_events.type is null or e.type = list_stripe_events.type)
-       and e.received_at < coalesce(list_stripe_events.before, 'infinity')
-     order by e.received_at desc, e.event_id
-     limit v_rows;
+      from (select n.*
+              from credits.stripe_events n
+             where (list_stripe_events.status is null or n.status = list_stripe_events.status)
+               and (list_stripe_events.type is null or n.type = list_stripe_events.type)
+               and n.received_at < coalesce(list_stripe_events.before, 'infinity')
+             order by n.received_at desc
+             fetch first (v_rows) rows with ties) e
+     order by e.received_at desc, e.event_id;
 end $$;
 comment on function credits.list_stripe_events(text, text, timestamptz, integer) is
 'The events received, the latest first, with what became of them.
 
 Page on with before = the last received_at seen. effects is what an event did; waits_for what a parked one lacks. One with
-status parked or failed and no next_attempt_at was given up. max_rows is 1 to 1000, 50 by default.
+status parked or failed and no next_attempt_at was given up. max_rows is 1 to 1000, 50 by default; events that were received
+at one moment come together, so that none is left between two pages.
 Errors: 400 invalid_request.';
 
 create or replace function credits.get_stripe_event(event_id text)
@@ -243,9 +246,9 @@ begin
   begin
     return _read_payload.payload::jsonb;
   exception when data_exception then
-    return regexp_replace(replace(_read_payload.payload, '\u0000', '\ufffd'),
-      '\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f][0-9a-f]{2})|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}',
-      '\\ufffd', 'gi')::jsonb;
+    return regexp_replace(replace(_read_payload.payload, E'\\u0000', E'\\ufffd'),
+      E'\\\\ud[89ab][0-9a-f]{2}(?!\\\\ud[c-f][0-9a-f]{2})|(?<!\\\\ud[89ab][0-9a-f]{2})\\\\ud[c-f][0-9a-f]{2}',
+      E'\\\\ufffd', 'gi')::jsonb;
   end;
 exception
   when invalid_text_representation or statement_too_complex then

@@ -38,7 +38,7 @@ language plpgsql
 stable
 as $$
 begin
-  return case when _iso_moment.value ~ '^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$' then _iso_moment.value::timestamptz end;
+  return case when _iso_moment.value ~ E'^\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d(\\.\\d+)?Z$' then _iso_moment.value::timestamptz end;
 exception when data_exception then
   return null;
 end $$;
@@ -57,7 +57,7 @@ returns numeric
 language sql
 immutable
 as $$
-  select case when _decimal.value #>> '{}' ~ '^-?[0-9]{1,18}(\.[0-9]{1,12})?$' then (_decimal.value #>> '{}')::numeric end
+  select case when _decimal.value #>> '{}' ~ E'^-?[0-9]{1,18}(\\.[0-9]{1,12})?$' then (_decimal.value #>> '{}')::numeric end
 $$;
 
 -- Elements of a list, which may be a list object, an array, or not there.

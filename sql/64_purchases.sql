@@ -172,8 +172,8 @@ begin
     return null;
   end if;
 
-  perform credits._link_payment(v_session.payment_intent_id, 'session', v_session.session_id,
-                                _complete_purchase.account_id, v_session.amount_total, v_session.currency);
+  perform credits._claim_payment(v_session.payment_intent_id, 'session', v_session.session_id,
+                                 _complete_purchase.account_id, v_session.amount_total, v_session.currency);
   v_purchase := credits._record_purchase(v_session, _complete_purchase.account_id, _complete_purchase.package, 'pending');
   v_grant := credits._grant(
     account_id    => _complete_purchase.account_id,

@@ -38,6 +38,7 @@ declare
   v_payment credits.charge_shape := credits._shape_invoice_payment(v_notice.object);
   v_current boolean := credits._mirror(v_notice, v_payment.invoice_id);
   v_account text;
+  v_linked  boolean;
 begin
   if v_payment.invoice_id is null then
     return credits._ignored('no_invoice');
@@ -49,9 +50,10 @@ begin
   if v_account is null or v_payment.captured is null then
     return credits._mirrored(v_current);
   end if;
-  perform credits._link_payment(coalesce(v_payment.payment_intent_id, v_payment.charge_id), 'invoice', v_payment.invoice_id,
-                                v_account, v_payment.captured, v_payment.currency);
+  v_linked := credits._link_payment(coalesce(v_payment.payment_intent_id, v_payment.charge_id), 'invoice',
+                                    v_payment.invoice_id, v_account, v_payment.captured, v_payment.currency);
   perform credits._lock_account(v_account);
+  perform credits._pause_if_disputed(v_payment.invoice_id, v_account) where v_linked;
   return credits._applied(credits._settle_source('invoice', v_payment.invoice_id, v_account));
 end $$;
 
@@ -67,11 +69,13 @@ declare
   v_account_id text := credits._account_of(_pay_invoice.notice);
   v_lines      jsonb := credits._lines_of_invoice((_pay_invoice.notice).object, v_invoice);
   v_effects    jsonb := jsonb '[]';
+  v_linked     boolean;
 begin
   perform credits._mirror_embedded('price', l.price_id, l.price, (_pay_invoice.notice).at, l.product_id)
      from (select s.* from credits._shape_lines(v_lines) s order by s.price_id) l;
-  perform credits._link_invoice_payments((_pay_invoice.notice).object, v_invoice, v_account_id);
+  v_linked := credits._link_invoice_payments((_pay_invoice.notice).object, v_invoice, v_account_id);
   perform credits._lock_account(v_account_id);
+  perform credits._pause_if_disputed(v_invoice.invoice_id, v_account_id) where v_linked;
 
   insert into credits.stripe_facts (kind, ref, account_id, created_at)
   values ('invoice', v_invoice.invoice_id, v_account_id, credits.now())
@@ -109,22 +113,26 @@ begin
   return v_list;
 end $$;
 
+-- Answers whether any of them was not known to have paid it.
+drop function if exists credits._link_invoice_payments(jsonb, credits.invoice_shape, text);
 create or replace function credits._link_invoice_payments(
   object     jsonb,
   invoice    credits.invoice_shape,
   account_id text
 )
-returns void
+returns boolean
 language plpgsql
 as $$
 begin
-  perform credits._link_payment(coalesce(p.payment_intent_id, p.charge_id), 'invoice',
-                               (_link_invoice_payments.invoice).invoice_id, _link_invoice_payments.account_id, p.captured,
-                               p.currency)
-    from (select i.* from credits._payments_of_invoice(_link_invoice_payments.object) i
-          union all
-          select s.* from credits.stripe_objects o, credits._shape_invoice_payment(o.snapshot) s
-           where o.kind = 'invoice_payment' and o.ref = (_link_invoice_payments.invoice).invoice_id) p
-   where p.captured is not null
-   order by coalesce(p.payment_intent_id, p.charge_id);
+  return coalesce((
+    select bool_or(credits._link_payment(coalesce(p.payment_intent_id, p.charge_id), 'invoice',
+                                         (_link_invoice_payments.invoice).invoice_id, _link_invoice_payments.account_id,
+                                         p.captured, p.currency))
+      from (select n.*
+              from (select i.* from credits._payments_of_invoice(_link_invoice_payments.object) i
+                    union all
+                    select s.* from credits.stripe_objects o, credits._shape_invoice_payment(o.snapshot) s
+                     where o.kind = 'invoice_payment' and o.ref = (_link_invoice_payments.invoice).invoice_id) n
+             where n.captured is not null
+             order by coalesce(n.payment_intent_id, n.charge_id)) p), false);
 end $$;

@@ -100,6 +100,44 @@ begin
   end if;
 end $$;
 
+-- What is disputed of the invoice that a payment paid, if it is known to have paid one.
+create or replace function credits._disputed_of_invoice(payment_id text)
+returns bigint
+language sql
+stable
+as $$
+  select t.lost + t.open
+    from credits.stripe_payments p, credits._payment_totals('invoice', p.source_id) t
+   where p.payment_id = _disputed_of_invoice.payment_id and p.source_kind = 'invoice'
+$$;
+
+-- Purchases see it by themselves: see _settle_purchase(). The caller holds the account, if it is known.
+create or replace function credits._pause_if_risen(
+  payment_id text,
+  before     bigint
+)
+returns void
+language sql
+as $$
+  select credits._pause_top_up(p.account_id, 'disputed')
+    from credits.stripe_payments p
+   where p.payment_id = _pause_if_risen.payment_id
+     and credits._disputed_of_invoice(p.payment_id) > coalesce(_pause_if_risen.before, 0)
+$$;
+
+-- The dispute may come first, and its payment turn out to be the invoice's later. The caller holds the account.
+create or replace function credits._pause_if_disputed(
+  invoice_id text,
+  account_id text
+)
+returns void
+language sql
+as $$
+  select credits._pause_top_up(_pause_if_disputed.account_id, 'disputed')
+    from credits._payment_totals('invoice', _pause_if_disputed.invoice_id) t
+   where t.lost + t.open > 0
+$$;
+
 -- With dispute_freezes = account: frozen while any dispute of its payments is open, and only what we froze is unfrozen.
 create or replace function credits._freeze_disputed(account_id text)
 returns void

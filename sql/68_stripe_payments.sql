@@ -8,12 +8,13 @@ language plpgsql
 as $$
 declare
   v_charge  credits.charge_shape := credits._shape_charge((_on_charge.notice).object);
-  v_current boolean;
+  v_payment text := coalesce(v_charge.payment_intent_id, v_charge.charge_id);
+  v_before  bigint := credits._disputed_of_invoice(v_payment);
+  v_current boolean := credits._mirror(_on_charge.notice, v_payment);
+  v_effects jsonb := credits._payment_changed(v_payment, v_charge.refunded > 0);
 begin
-  v_current := credits._mirror(_on_charge.notice, coalesce(v_charge.payment_intent_id, v_charge.charge_id));
-  return credits._applied(credits._payment_changed(coalesce(v_charge.payment_intent_id, v_charge.charge_id),
-                                                   v_charge.refunded > 0),
-                          case when not v_current then 'superseded' end);
+  perform credits._pause_if_risen(v_payment, v_before);
+  return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
 create or replace function credits._on_refund(notice credits.stripe_notice)
@@ -40,18 +41,14 @@ as $$
 declare
   v_dispute credits.dispute_shape := credits._shape_dispute((_on_dispute.notice).object);
   v_payment text := credits._payment_of_charge(v_dispute.charge_id, v_dispute.payment_intent_id);
-  v_first   boolean := credits._snapshot('dispute', v_dispute.dispute_id) is null;
+  v_before  bigint := credits._disputed_of_invoice(v_payment);
   v_current boolean := credits._mirror(_on_dispute.notice, coalesce(v_dispute.charge_id, v_dispute.payment_intent_id));
   v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
   perform credits._tell_payment(v_payment, 'dispute', v_dispute.dispute_id || ':' || v_dispute.status, v_dispute.amount,
                                 v_dispute.currency, v_dispute.status)
     where v_current;
-  if v_first and v_dispute.status in ('needs_response', 'under_review', 'lost') then  -- purchases see it by themselves
-    perform credits._pause_top_up(p.account_id, 'disputed')
-       from credits.stripe_payments p
-      where p.payment_id = v_payment and p.source_kind = 'invoice';
-  end if;
+  perform credits._pause_if_risen(v_payment, v_before);
   return credits._applied(v_effects, case when not v_current then 'superseded' end);
 end $$;
 
@@ -97,7 +94,8 @@ begin
   return v_charge.ref;
 end $$;
 
--- Says what a payment paid for. The first word stands.
+-- Says what a payment paid for. The first word stands; answers whether it was this one.
+drop function if exists credits._link_payment(text, text, text, text, bigint, text);
 create or replace function credits._link_payment(
   payment_id  text,
   source_kind text,
@@ -106,7 +104,7 @@ create or replace function credits._link_payment(
   amount      bigint,
   currency    text
 )
-returns void
+returns boolean
 language plpgsql
 as $$
 begin
@@ -118,6 +116,35 @@ begin
     set source_kind = excluded.source_kind, source_id = excluded.source_id, account_id = excluded.account_id,
         amount = excluded.amount, currency = excluded.currency
     where p.source_kind is null;
+  return found;
+end $$;
+
+-- The same for whoever grants by it: a payment buys once, and its row says what. What comes second waits for somebody to look.
+create or replace function credits._claim_payment(
+  payment_id  text,
+  source_kind text,
+  source_id   text,
+  account_id  text,
+  amount      bigint,
+  currency    text
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_bought text;
+begin
+  if credits._link_payment(_claim_payment.payment_id, _claim_payment.source_kind, _claim_payment.source_id,
+                           _claim_payment.account_id, _claim_payment.amount, _claim_payment.currency) then
+    return;
+  end if;
+  select concat_ws(':', p.source_kind, p.source_id) into v_bought
+    from credits.stripe_payments p
+   where p.payment_id = _claim_payment.payment_id;
+  if v_bought <> concat_ws(':', _claim_payment.source_kind, _claim_payment.source_id) then
+    perform credits._park('payment_granted_before', null, jsonb_build_object(
+      'payment_id', _claim_payment.payment_id, 'bought', v_bought));
+  end if;
 end $$;
 
 -- Something became known of a payment. Its row is written before it is read, so of two halves the later sees both. Where it
@@ -140,9 +167,9 @@ begin
   on conflict on constraint stripe_payments_pkey do update set payment_id = excluded.payment_id
   returning p.* into v_payment;
   if v_payment.source_kind is null then
-    if _payment_changed.claims then
-      perform credits._request_object('invoice_payments', _payment_changed.payment_id);
-    end if;
+    perform credits._request_object('invoice_payments', _payment_changed.payment_id)
+      where _payment_changed.claims and not exists (  -- Stripe lists them by payment intent alone
+        select from credits.stripe_objects o where o.kind = 'charge' and o.object_id = _payment_changed.payment_id);
     return null;
   end if;
   perform credits._lock_account(v_payment.account_id);

@@ -235,7 +235,7 @@ declare
     when (_check_endpoint.name ~ '^[a-z][a-z0-9_]{0,62}$' and _check_endpoint.name not in ('customer', 'operator')) is not true
       then 'name'
     when not credits._is_address(_check_endpoint.url)
-         or _check_endpoint.url !~ '^(https://|http://(localhost|127\.[0-9.]+)([:/?#]|$))' then 'url'
+         or _check_endpoint.url !~ E'^(https://|http://(localhost|127\\.[0-9.]+)([:/?#]|$))' then 'url'
     when cardinality(_check_endpoint.kinds) = 0
          or exists (select from unnest(_check_endpoint.kinds) u (kind)
                      where u.kind is null or u.kind not in (select k.kind from credits.notification_kinds k)) then 'kinds' end;

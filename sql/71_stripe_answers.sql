@@ -32,7 +32,7 @@ begin
   v_late := coalesce(complete_stripe_request.attempt < v_request.attempts, false);
   v_outcome := credits._judge_answer(v_request, complete_stripe_request.status, v_answer, complete_stripe_request.not_sent);
   if v_request.state in ('done', 'declined', 'failed')
-     or v_outcome in ('again', 'refused') and (v_late or v_request.state = 'unknown') then
+     or v_outcome in ('again', 'refused', 'unknown') and (v_late or v_request.state = 'unknown') then
     return credits._request_result(v_request);
   end if;
 
@@ -57,14 +57,15 @@ end $$;
 comment on function credits.complete_stripe_request(bigint, integer, text, jsonb, integer, text) is
 'Takes Stripe''s answer to a request and applies what it says through the same functions as events.
 
-status is the HTTP status, null if no answer came; body the raw text; headers an object with Date, Request-Id and
-Idempotent-Replayed; attempt that of the claim, which tells a late answer from the one that is waited for; not_sent says why a
-request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
-stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before. 401: back in the queue, which stops,
+status is the HTTP status, null if no answer came; body the raw text; headers an object with Date, Request-Id,
+Idempotent-Replayed and Retry-After; attempt that of the claim, which tells a late answer from the one that is waited for;
+not_sent says why a request could not be sent at all. 2xx: done. 402: declined, for good. Other 4xx and not_sent: failed, for good, told as
+stripe_request_failed; but 404 is done for a retrieve, and for a delete that was sent before, and 403 or an idempotency_error
+leaves a post unknown that was sent before, as claim_stripe_requests says. 401: back in the queue, which stops,
 told as stripe_key_refused. No answer, one that is neither an object nor an error of Stripe''s, 409, 429, 5xx, and what cannot be
 applied yet: sent again under the same key after 1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its
-request_id, after 429 from 15 s on. After stripe_event_max_attempts of them a request fails, told as stripe_request_given_up; a post
-goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is done already changes nothing.
+request_id, after 429 from 15 s on, and not before a Retry-After. After stripe_event_max_attempts of them a request fails, told as
+stripe_request_given_up; a post goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is done already changes nothing.
 Errors: 404 request_not_found.';
 
 -- In the order of this list. An answer that is no JSON does not come from Stripe, whatever its status; nor does JSON that is
@@ -93,6 +94,9 @@ as $$
     when s = 404 and (_judge_answer.request).method = 'delete'
                  and (_judge_answer.request).attempts > 1                 then 'done'    -- by the attempt before
     when s in (409, 429)                                                  then 'again'
+    when (_judge_answer.request).method = 'post' and (_judge_answer.request).attempts > 1
+         and (s = 403 or credits._error_of(_judge_answer.answer, 'type') = 'idempotency_error')
+                                                                          then 'unknown'  -- the attempt before may have done it
     when s between 400 and 499                                            then 'failed'
     else                                                                       'again' end
     from (select _judge_answer.status) x (s)
@@ -154,7 +158,7 @@ begin
          first_sent_at  = case when v_attempts > 0 then r.first_sent_at end,
          locked_until   = null,
          run_at         = case when v_state <> 'queued' then r.run_at
-                               else credits.now() + credits._wait_before(v_request, v_attempts) end,
+                               else credits.now() + credits._wait_before(v_request, v_attempts, _close_request.headers) end,
          finished_at    = case when v_state in ('done', 'declined', 'failed') then credits.now() end
    where r.request_id = v_request.request_id
   returning r.* into v_request;
@@ -162,7 +166,7 @@ begin
       when v_state = 'unknown'                                        then 'stripe_request_unknown'
       when _close_request.outcome = 'again'                           then 'stripe_request_given_up'
       else                                                                 'stripe_request_failed' end)
-    where v_state in ('failed', 'unknown');
+    where v_state = 'failed' or v_state = 'unknown' and (_close_request.outcome = 'again' or not credits._look_up(v_request));
   perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
   perform credits._look_at_named(v_request) where v_state = 'failed';
   return v_request;
@@ -201,16 +205,21 @@ as $$
     else                                                                                              'queued' end
 $$;
 
+-- No shorter than the answer asks for, as far as that is seconds, and no longer than 15 minutes.
+drop function if exists credits._wait_before(credits.stripe_requests, integer);
 create or replace function credits._wait_before(
   request  credits.stripe_requests,
-  attempts integer
+  attempts integer,
+  headers  jsonb
 )
 returns interval
 language sql
 immutable
 as $$
-  select (array[1, 4, 15, 60, 300, 900])[least(greatest(_wait_before.attempts, 1)
-             + case when (_wait_before.request).http_status = 429 then 2 else 0 end, 6)]
+  select least(900, greatest(
+           credits._whole(to_jsonb(credits._header(_wait_before.headers, 'Retry-After'))),
+           (array[1, 4, 15, 60, 300, 900])[least(greatest(_wait_before.attempts, 1)
+             + case when (_wait_before.request).http_status = 429 then 2 else 0 end, 6)]))
          * (100 + (_wait_before.request).request_id % 21) / 100.0 * interval '1 second'
 $$;
 

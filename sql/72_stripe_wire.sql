@@ -50,7 +50,7 @@ as $$
   select make_timestamptz(d[3]::integer, array_position(array['Jan', 'Feb', 'Mar', 'Apr', 'May', 'Jun', 'Jul', 'Aug', 'Sep',
                           'Oct', 'Nov', 'Dec'], d[2]), d[1]::integer, d[4]::integer, d[5]::integer, d[6]::integer, 'UTC')
     from regexp_match(_http_date.value,
-      '^\w{3}, (\d{2}) (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) (\d{4}) (\d{2}):(\d{2}):(\d{2}) GMT$') d
+      E'^\\w{3}, (\\d{2}) (Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) (\\d{4}) (\\d{2}):(\\d{2}):(\\d{2}) GMT$') d
 $$;
 
 -- What we keep to look at later needs neither what authorizes somebody nor what tells of a card or a bank account.

@@ -82,8 +82,8 @@ language sql
 immutable
 as $$
   select coalesce(length(_is_address.url) <= 2000
-                  and _is_address.url ~ '^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?([/?#][!-[\]-~]*)?$'
-                  and _is_address.url !~* '^[^?#]*/(\.|%2e){2}([/?#]|$)', false)
+                  and _is_address.url ~ E'^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:[0-9]{1,5})?([/?#][!-[\\]-~]*)?$'
+                  and _is_address.url !~* E'^[^?#]*/(\\.|%2e){2}([/?#]|$)', false)
 $$;
 
 -- An entry ends where a part of the address ends: https://example.com is not the beginning of https://example.com.evil.
@@ -98,10 +98,10 @@ as $$
   select coalesce(e.entry <> '' and left(u.url, length(e.entry)) = e.entry
                   and (right(e.entry, 1) in ('/', '?', '#') and e.entry !~ '^https?://$'
                        or substr(u.url, length(e.entry) + 1, 1) in ('', '/', '?', '#')), false)
-    from (select case when _begins_with.entry ~ '^https?://[^/:]+:\*'  -- a port of any kind is as if there were none
-                      then regexp_replace(_begins_with.entry, '^(https?://[^/:]+):\*', '\1') else _begins_with.entry end) e (entry),
-         lateral (select case when _begins_with.entry ~ '^https?://[^/:]+:\*'
-                              then regexp_replace(_begins_with.url, '^(https?://[^/:?#]+):[0-9]+', '\1')
+    from (select case when _begins_with.entry ~ E'^https?://[^/:]+:\\*'  -- a port of any kind is as if there were none
+                      then regexp_replace(_begins_with.entry, E'^(https?://[^/:]+):\\*', E'\\1') else _begins_with.entry end) e (entry),
+         lateral (select case when _begins_with.entry ~ E'^https?://[^/:]+:\\*'
+                              then regexp_replace(_begins_with.url, '^(https?://[^/:?#]+):[0-9]+', E'\\1')
                               else _begins_with.url end) u (url)
 $$;
 
@@ -164,8 +164,9 @@ begin
       'change_plan() changes the subscription that there is.');
   elsif v_price is null then
     v_price := credits._price_of_plan(v_plan.code);
-  elsif credits._plan_of_price(v_price, (select o.ref from credits.stripe_objects o
-                                          where o.kind = 'price' and o.object_id = v_price)) is distinct from v_plan.code then
+  elsif credits._is_retired(v_price)
+        or credits._plan_of_price(v_price, (select o.ref from credits.stripe_objects o
+                                             where o.kind = 'price' and o.object_id = v_price)) is distinct from v_plan.code then
     v_price := null;
   end if;
   if v_price is null then

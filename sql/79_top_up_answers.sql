@@ -111,7 +111,7 @@ begin
     perform credits._park('amount_unknown', null, jsonb_build_object('amount', v_intent.amount_received,
       'currency', v_intent.currency, 'expected', v_purchase.amount, 'expected_currency', v_purchase.currency));
   end if;
-  perform credits._link_payment(v_intent.payment_intent_id, 'top_up', v_intent.payment_intent_id, v_top_up.account_id,
+  perform credits._claim_payment(v_intent.payment_intent_id, 'top_up', v_intent.payment_intent_id, v_top_up.account_id,
                                 v_purchase.amount, v_purchase.currency);
   perform credits._lock_account(v_top_up.account_id);
   update credits.top_ups t

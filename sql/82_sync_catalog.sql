@@ -86,7 +86,7 @@ as $$
                        and not exists (select from credits.packages k where k.stripe_price_id = p.object_id) then 'price_unknown'
                   when p.plan is null                                                then null
                   when p.credits is null                                             then 'credits_missing'
-                  when p.credits !~ '^[0-9]{1,12}(\.[0-9]{1,6})?$'                   then 'credits_malformed' end) d (difference)
+                  when p.credits !~ E'^[0-9]{1,12}(\\.[0-9]{1,6})?$'                   then 'credits_malformed' end) d (difference)
    where d.difference is not null
 $$;
 

@@ -102,7 +102,7 @@ as $$
     from (select case _mail_address.target
                    when 'operator' then credits._setting('operator_email') #>> '{}'
                    else (select a.email from credits.accounts a where a.account_id = _mail_address.account_id) end) m (address)
-   where m.address ~ '^[^[:space:][:cntrl:]@<>(),:;"\\]+@[^[:space:][:cntrl:]@<>(),:;"\\]*[^[:space:][:cntrl:]@<>(),:;"\\.]$'
+   where m.address ~ E'^[^[:space:][:cntrl:]@<>(),:;"\\\\]+@[^[:space:][:cntrl:]@<>(),:;"\\\\]*[^[:space:][:cntrl:]@<>(),:;"\\\\.]$'
      and position('=?' in m.address) = 0
 $$;
 

@@ -100,7 +100,7 @@ begin
   select r.* into v_role from pg_catalog.pg_roles r where r.rolname = _enable_role.role;
   if not found then
     perform credits._fail(404, 'role_not_found', jsonb_build_object('role', _enable_role.role));
-  elsif _enable_role.kind in ('user', 'service') is not true or v_role.rolname like 'credits\_%'
+  elsif _enable_role.kind in ('user', 'service') is not true or v_role.rolname like E'credits\\_%'
         or _enable_role.kind = 'user' and (v_role.rolsuper or v_role.rolbypassrls) then
     perform credits._fail(400, 'invalid_request', jsonb_build_object('role', _enable_role.role, 'kind', _enable_role.kind),
       'kind is user or service. End users act as a role that row level security binds, and none of ours.');

@@ -3,7 +3,7 @@
 create or replace view credits.house_rule_violations as
 with functions as (
   select p.*, n.nspname as schema, p.oid::pg_catalog.regprocedure::text as object,
-         n.nspname = 'credits' and p.proname like '\_my\_%' as is_mine
+         n.nspname = 'credits' and p.proname like E'\\_my\\_%' as is_mine
     from pg_catalog.pg_proc p
     join pg_catalog.pg_namespace n on n.oid = p.pronamespace
    where n.nspname in ('credits', 'credits_api')
@@ -32,7 +32,7 @@ select 'not bound to its names in the exposed schema', f.object from functions f
  where f.schema = 'credits_api' and f.prosqlbody is null
 union all
 select 'internal but granted', g.object from granted g
- where g.proname like '\_%' and not (g.is_mine and g.role = 'credits_user')
+ where g.proname like E'\\_%' and not (g.is_mine and g.role = 'credits_user')
 union all
 select 'a verb of the backend in reach of end users', g.object from granted g
  where g.role = 'credits_user' and g.schema = 'credits' and not g.is_mine

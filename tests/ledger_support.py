@@ -174,11 +174,12 @@ def told(event_id: str, event_type: str, about: Any, **more: Any) -> str:
 
 
 def session(session_id: str = "cs_1", **changes: Any) -> dict[str, Any]:
-    """A Checkout session: the starter package, 1000 credits for 1000 cents, bought by alpha and paid by pi_1."""
+    """A Checkout session: the starter package, 1000 credits for 1000 cents, bought by alpha; cs_1 is paid by pi_1."""
     return {
         "id": session_id, "object": "checkout.session", "mode": "payment", "status": "complete",
         "payment_status": "paid", "amount_subtotal": 1000, "amount_total": 1000, "currency": "usd",
-        "customer": "cus_1", "payment_intent": "pi_1", "metadata": {"account_id": "alpha", "package": "starter"},
+        "customer": "cus_1", "payment_intent": session_id.replace("cs_", "pi_"),
+        "metadata": {"account_id": "alpha", "package": "starter"},
         **changes,
     }  # fmt: skip
 

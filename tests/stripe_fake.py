@@ -256,10 +256,11 @@ def error(status: int, kind: str, **more: Any) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"type": kind, **more}}
 
 
-def refusal(status: int, kind: str, **more: str) -> Callable[[], Response]:
-    """The same as an answer."""
+def refusal(status: int, kind: str, wait: int = 0, **more: str) -> Callable[[], Response]:
+    """The same as an answer, perhaps with a word on how many seconds to wait."""
     _, body = error(status, kind, **more)
-    return lambda: JSONResponse(body, status, {"Request-Id": "req_refused"})
+    headers = {"Request-Id": "req_refused"} | ({"Retry-After": str(wait)} if wait else {})
+    return lambda: JSONResponse(body, status, headers)
 
 
 # Faults that come instead of the effect, and those that come after it. Others: hang after, slow, and the results that
@@ -267,7 +268,7 @@ def refusal(status: int, kind: str, **more: str) -> Callable[[], Response]:
 BEFORE: dict[str | None, Callable[[], Response]] = {
     "401": refusal(401, "invalid_request_error", message="Invalid API Key provided"),
     "409": refusal(409, "idempotency_error", code="idempotency_key_in_use"),
-    "429": refusal(429, "rate_limit_error", code="rate_limit"),
+    "429": refusal(429, "rate_limit_error", wait=40, code="rate_limit"),
     "500": refusal(500, "api_error"),
     "503 html": lambda: HTMLResponse(HTML, 503),
     "503 gateway": lambda: JSONResponse({"error": "upstream connect error"}, 503),

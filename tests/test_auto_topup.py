@@ -10,7 +10,7 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound, committed, refused, together
+from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound, committed, refused, session, together
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 from servers import Database
@@ -416,6 +416,50 @@ def test_a_purchase_cannot_pass_for_an_attempt(ledger: Ledger) -> None:
         ledger.create_checkout("alpha", package="starter", success_url="http://localhost", key="k", metadata=forged)
 
 
+def copied(ledger: Ledger) -> dict[str, tuple[str, Json]]:
+    """A checkout whose payment carries the metadata of an attempt, in the words of both."""
+    payment = intent(ledger, id="pi_1")
+    return {"session": ("checkout.session.completed", session()), "payment": (SUCCEEDED, payment)}
+
+
+@pytest.mark.parametrize("order", permutations(("session", "payment", "refund")), ids=" ".join)
+def test_a_payment_that_two_claim_buys_once_whichever_comes_first(ledger: Ledger, order: tuple[str, ...]) -> None:
+    started(ledger)
+    about = {"id": "re_1", "object": "refund", "payment_intent": "pi_1", "charge": None, "currency": "usd"}
+    said = copied(ledger) | {"refund": ("refund.created", {**about, "amount": 400, "status": "succeeded"})}
+    for name in order:
+        ledger.tell(*said[name], f"evt_{name}")
+    for name in order[::-1]:
+        ledger.replay_stripe_event(f"evt_{name}")
+    first, second = (name for name in order if name != "refund")
+    assert [ledger.event(f"evt_{name}").status for name in (first, second)] == ["applied", "parked"]
+    assert ledger.event(f"evt_{second}").reason == "payment_granted_before"
+    (purchase,) = ledger.table("purchases", "grant_id is not null")
+    assert (purchase.status, purchase.amount_refunded, purchase.stripe_payment_intent_id) == (
+        "partially_refunded", 400, "pi_1",
+    )  # fmt: skip
+    assert (purchase.stripe_session_id is None) == (first == "payment")
+    assert ledger.available() == 650
+    assert_sound(ledger)
+
+
+def test_a_payment_that_two_claim_at_once_buys_once(database: Database) -> None:
+    with committed(database) as ledger:
+        prepare(ledger)
+        started(ledger)
+        said = [*copied(ledger).values()]
+        told_at_once = together(
+            database,
+            [
+                partial(Ledger.tell, event_type=said[n % 2][0], about=said[n % 2][1], event_id=f"evt_{n}")
+                for n in range(12)
+            ],
+        )
+        assert {*told_at_once} == {"applied", "parked"}
+        assert ledger.available() == 1050
+        assert_sound(ledger)
+
+
 def test_a_decline_lets_the_card_rest_for_a_day_and_the_third_one_for_good(ledger: Ledger) -> None:
     started(ledger)
     for number in (1, 2, 3):
@@ -818,6 +862,68 @@ def test_a_dispute_of_any_payment_ends_it(ledger: Ledger, of: str) -> None:
     dispute(ledger, payment, "won")
     assert how(ledger)[0] == "paused"
     assert_sound(ledger)
+
+
+INVOICE = {
+    "id": "in_1", "object": "invoice", "status": "paid", "customer": "cus_1", "subscription": "sub_1",
+    "currency": "usd", "amount_paid": 1000, "total": 1000, "lines": {"data": [], "has_more": False},
+}  # fmt: skip
+PAYMENT = {
+    "id": "inpay_1", "object": "invoice_payment", "invoice": "in_1", "amount_paid": 1000, "currency": "usd",
+    "status": "paid", "payment": {"type": "payment_intent", "payment_intent": "pi_1"},
+}  # fmt: skip
+CHARGE = {
+    "id": "ch_1", "object": "charge", "payment_intent": "pi_1", "amount": 1000, "amount_captured": 1000,
+    "amount_refunded": 0, "captured": True, "currency": "usd",
+}  # fmt: skip
+DISPUTE = {
+    "id": "dp_1", "object": "dispute", "charge": "ch_1", "payment_intent": None, "amount": 1000, "currency": "usd",
+    "status": "needs_response",
+}  # fmt: skip
+INVOICED: dict[str, tuple[str, Json]] = {
+    "paid": ("invoice.paid", INVOICE), "linked": ("invoice_payment.paid", PAYMENT),
+    "charge": ("charge.succeeded", CHARGE), "dispute": ("charge.dispute.created", DISPUTE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+@pytest.mark.parametrize("order", permutations(INVOICED), ids=" ".join)
+def test_a_dispute_of_an_invoice_ends_it_in_any_order(ledger: Ledger, order: tuple[str, ...], old: bool) -> None:
+    rule(ledger)
+    for name in order:
+        event_type, about = INVOICED[name]
+        if old and name == "linked":
+            continue
+        more = {"payment_intent": "pi_1", "charge": "ch_1"} if old and name == "paid" else {}
+        assert ledger.tell(event_type, {**about, **more}) == "applied"
+    assert how(ledger) == ("paused", "disputed", None)
+    rule(ledger)
+    ledger.now += SECOND
+    for name in order:
+        event_type, about = INVOICED[name]
+        ledger.tell(event_type, {**about, **({"payment_intent": "pi_1"} if old and name == "paid" else {})})
+    assert how(ledger) == ("active", None, None), "the same dispute is heard of once"
+    assert_sound(ledger)
+
+
+def test_an_inquiry_that_becomes_a_dispute_ends_it(ledger: Ledger) -> None:
+    rule(ledger)
+    for name in ("paid", "linked", "charge"):
+        ledger.tell(*INVOICED[name])
+    ledger.tell("charge.dispute.created", {**DISPUTE, "status": "warning_needs_response"})
+    assert how(ledger) == ("active", None, None)
+    ledger.now += SECOND
+    ledger.tell("charge.dispute.updated", {**DISPUTE, "status": "needs_response"})
+    assert how(ledger) == ("paused", "disputed", None)
+
+
+def test_a_dispute_is_heard_of_though_credits_of_its_invoice_were_added_by_hand(ledger: Ledger) -> None:
+    rule(ledger)
+    for name in ("charge", "linked", "dispute"):
+        ledger.tell(*INVOICED[name])
+    assert how(ledger) == ("active", None, None), "nobody knows whose invoice it is"
+    ledger.add_subscription_credits("cus_1", "in_1", "sub_1", 500)
+    assert how(ledger) == ("paused", "disputed", None)
 
 
 def test_a_closed_account_buys_nothing_and_what_it_paid_is_kept_to_be_seen(ledger: Ledger) -> None:

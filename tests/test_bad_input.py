@@ -35,8 +35,8 @@ ACCOUNT: Wrong = {INVALID: [None, "", LONG, "a" * 201], (404, "account_not_found
 NEW_ACCOUNT: Wrong = {INVALID: ACCOUNT[INVALID]}
 RESERVATION: Wrong = {INVALID: KEY[INVALID], (404, "reservation_not_found"): ["unknown", "R"]}
 METADATA: Wrong = {INVALID: [Jsonb([]), Jsonb([{}]), Jsonb("text"), Jsonb(1), Jsonb(True), Jsonb(None)]}
-NO_TIME: Wrong = {INVALID: [timedelta(0), -DAY]}
-TTL: Wrong = {INVALID: [*NO_TIME[INVALID], DAY + timedelta(microseconds=1), timedelta(days=10_000)]}
+NO_TIME: Wrong = {INVALID: [timedelta(0), -DAY, "-12 months 360 days 10 minutes"]}
+TTL: Wrong = {INVALID: [*NO_TIME[INVALID], DAY + timedelta(microseconds=1), timedelta(days=10_000), "178000000 years"]}
 
 USES = ("quote", "check_access", "authorize_usage")
 NO_CAPABILITY: Wrong = {(404, "capability_not_found"): [None, "", "dance", LONG]}
@@ -243,8 +243,8 @@ BAD: dict[tuple[str, str], Wrong] = {
     ("balance_at", "at"): {INVALID: [None]},
     ("history", "max_rows"): {INVALID: [0, -1, 1001, 2**31 - 1]},
     ("grant_credits", "kind"): {INVALID: ["", "salary", LONG]},
-    ("grant_credits", "expires_at"): {INVALID: [NOON, NOON - DAY, "infinity", "-infinity"]},
-    ("grant_credits", "effective_at"): {INVALID: ["infinity", "-infinity"]},
+    ("grant_credits", "expires_at"): {INVALID: [NOON, NOON - DAY, "infinity", "-infinity", "10000-01-01Z"]},
+    ("grant_credits", "effective_at"): {INVALID: ["infinity", "-infinity", "294276-12-31Z", "0001-12-31Z BC"]},
     ("grant_credits", "scope"): {INVALID: [[], [None], ["image", None], [["image"]]]},
     ("refund_spend", "spend_key"): {INVALID: KEY[INVALID], (404, "spend_not_found"): ["unknown"]},
     ("revoke_grant", "grant_id"): {(404, "grant_not_found"): [None, 0, -1, 2**63 - 1]},

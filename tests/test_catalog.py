@@ -295,6 +295,42 @@ def test_any_json_is_refused_properly_or_applied(client: Client, catalog: Any) -
             assert error.code == "invalid_catalog"
 
 
+NEW_PRICE = {"credits": 1, "block": 10, "unit": "pages"}
+WORDS = {"flat": 5, "unit": "words"}
+UNPRICED = {"capabilities.chapter.unit": "its price counts words: give it one that counts pages"}
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        (None, UNPRICED),
+        ([{"price": {**NEW_PRICE, "unit": "words"}}], UNPRICED),
+        ([{"price": 5, "valid_from": "2000-01-01"}, {"price": WORDS, "valid_from": "2001-01-01"}], UNPRICED),
+        ([{"price": {**NEW_PRICE, "unit": "words"}, "valid_from": "2100-01-01"}, {"price": 5}], UNPRICED),
+        ([{"price": NEW_PRICE}], {}),
+        ([{"price": 5}], {}),
+        ([{"price": WORDS, "valid_from": "2000-01-01"}, {"price": 5, "valid_from": "2001-01-01"}], {}),
+        ([{"price": {"lines": [{"credits": 1, "unit": "input"}, {"credits": 2, "unit": "output"}]}}], {}),
+        ([{"price": {"lines": [{"credits": 1, "unit": "words"}, {"credits": 2, "unit": "pages"}]}}], {}),
+    ],
+)  # fmt: skip
+def test_another_unit_comes_with_prices_that_count_it(client: Client, rates: Any, expected: dict[str, str]) -> None:
+    """Or each use of it would be refused until somebody gives it a price."""
+    client.apply_catalog(CATALOG)
+    catalog = {"capabilities": changed(("capabilities.chapter.unit", "pages"))["capabilities"]}
+    if rates is not None:
+        catalog["rates"] = [
+            {"capability": "outline", "price": 50},
+            *({"capability": "chapter", **one} for one in rates),
+        ]
+    if expected:
+        assert problems_of(lambda: client.apply_catalog(catalog)) == expected
+    else:
+        assert client.apply_catalog(catalog)
+        again = client.conn.execute("select * from credits.apply_catalog(credits.get_catalog())")
+        assert again.fetchall() == []
+
+
 # What stays ----------------------------------------------------------------------------------------------------------
 
 

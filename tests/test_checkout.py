@@ -176,6 +176,18 @@ def test_what_is_not_for_sale_is_not_found(ledger: Ledger) -> None:
             check_out(ledger, plan="team", price_id="price_other")
 
 
+def test_nothing_is_sold_at_a_price_that_the_catalogue_has_withdrawn(ledger: Ledger) -> None:
+    plan = {"name": "Team", "prices": [{"amount": 900, "currency": "usd"}]}
+    ledger.apply_catalog({"plans": {"team": plan}})
+    ledger.change("update credits.plan_prices set stripe_price_id = 'price_900' where plan = 'team'")  # as published
+    ledger.change("update credits.plans set stripe_price_ids = '{price_900}' where code = 'team'")
+    ledger.create_checkout("alpha", plan="team", price_id="price_900", success_url=BACK, key="before")
+    ledger.apply_catalog({"plans": {"team": {**plan, "prices": []}}})
+    for price in ({}, {"price_id": "price_900"}):
+        with ledger.unchanged(), refused(404, "price_not_found", plan="team", **price):
+            check_out(ledger, plan="team", **price)
+
+
 def test_a_frozen_account_may_buy_and_a_closed_one_may_not(ledger: Ledger) -> None:
     ledger.freeze_account("alpha")
     assert check_out(ledger).state == "queued"

@@ -516,6 +516,17 @@ def test_a_refund_stops_the_months_to_come_and_its_failure_brings_them_back(subs
 # The account frozen instead ------------------------------------------------------------------------------------------
 
 
+def test_of_a_charge_without_a_payment_intent_no_invoice_is_asked_for(ledger: Ledger) -> None:
+    """Stripe lists the payments of invoices by payment intent alone: it would refuse to look for a charge."""
+    say(ledger, charge(400, id="ch_9", payment_intent=None))
+    say(ledger, refund(400, charge="ch_9", payment_intent=None))
+    say(ledger, dispute(charge="ch_9", payment_intent=None))
+    assert ledger.table("stripe_requests", "path = '/v1/invoice_payments'") == []
+    say(ledger, refund(400, number=2, charge="ch_8", payment_intent="pi_8"))
+    (asked,) = ledger.table("stripe_requests", "path = '/v1/invoice_payments'")
+    assert asked.params["payment"]["payment_intent"] == "pi_8"
+
+
 @pytest.fixture
 def freezing(ledger: Ledger) -> Ledger:
     """An open dispute freezes the account."""

@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
 from random import Random
 from typing import Any
 
+import psycopg
 import pytest
 from client import CreditsError
 from conftest import stop_clock
-from ledger_support import DAY, HOUR, NOON, Ledger, assert_sound, committed, together
-from servers import EVERY_VERSION, Database
+from ledger_support import DAY, HOUR, NOON, SECOND, Ledger, assert_sound, committed, together
+from servers import EVERY_VERSION, Database, until
 
 THREADS = 20
 
@@ -335,3 +338,50 @@ def test_readers_see_whole_operations_only(ledger: Ledger, database: Database) -
 
     together(database, [write, write, write, read, read])
     assert ledger.sums("beta") == (120, 0, 120, 0)
+
+
+def test_what_ends_while_a_transfer_waits_is_not_given(ledger: Ledger, database: Database) -> None:
+    ledger.open("alpha", 100)
+    ledger.open("beta", 1)
+    with database.connect() as busy, ThreadPoolExecutor() as pool:
+        busy.execute("select 1")
+        Ledger(busy, at=None).spend("beta", 1, key="s")
+        ledger.grant(10, expires_at=datetime.now(UTC) + SECOND)
+        given = pool.submit(together, database, [lambda on: on.transfer_credits("alpha", "beta", 5, key="t")])
+        until(lambda: ledger.available() == 100)
+        busy.commit()
+        given.result()
+    assert (ledger.sums("alpha"), ledger.sums("beta")) == ((95, 0, 95, 0), (5, 0, 5, 0))
+
+
+def test_what_ends_while_an_import_waits_stays_out(ledger: Ledger, database: Database) -> None:
+    ledger.open("beta", 1)
+    ends = datetime.now(UTC) + SECOND
+    rows = [
+        {"key": str(n), "account_id": "beta", "amount": 5, "expires_at": at} for n, at in enumerate([str(ends), ""])
+    ]
+    with database.connect() as busy, ThreadPoolExecutor() as pool:
+        busy.execute("select 1")
+        Ledger(busy, at=None).spend("beta", 1, key="s")
+        brought = pool.submit(together, database, [lambda on: on.import_opening_balances(rows)])
+        until(lambda: datetime.now(UTC) > ends)
+        busy.commit()
+        ((ended, kept),) = brought.result()
+    assert (ended.status, ended.detail, kept.status) == (400, {"argument": "expires_at"}, 200)
+    assert ledger.sums("beta") == (5, 0, 5, 0)
+
+
+@pytest.mark.parametrize("level", ["read committed", "repeatable read", "serializable"])
+def test_an_old_snapshot_forgets_no_grant_that_starts_later(ledger: Ledger, database: Database, level: str) -> None:
+    ledger.open("alpha", 100)
+    ledger.grant(10, expires_at=datetime.now(UTC) + SECOND)
+    with database.connect() as early:
+        early.execute(f"set transaction isolation level {level}".encode())
+        early.execute("select 1")
+        ledger.grant(50, effective_at=datetime.now(UTC) + 2 * SECOND)
+        until(lambda: ledger.available() == 100)
+        expected = nullcontext() if level == "read committed" else pytest.raises(psycopg.errors.SerializationFailure)
+        with expected:
+            Ledger(early, at=None).use(1)
+    until(lambda: ledger.available() == (149 if level == "read committed" else 150))
+    ledger.use(120)

@@ -1,14 +1,18 @@
 """What the manual says is what the database does."""
 
+import itertools
 import re
 import runpy
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from client import Client
 from product import as_shown
 from psycopg import Connection
+from servers import Database
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -143,3 +147,28 @@ def test_what_the_examples_map_to_is_there(owner: Connection[Any]) -> None:
         assert (schema or "credits", name) in rows, name
     for name in re.findall(r"/rpc/(\w+)", here):
         assert ("credits_api", name) in rows, name
+
+
+QUESTIONS = (ROOT / "docs/questions.md").read_text()
+
+
+def test_other_languages_say_what_the_database_understands(conn: Connection[Any]) -> None:
+    said = re.findall(r"""['"](select available[^'"]*)['"]""", QUESTIONS)
+    assert len(said) == 4
+    for number, statement in enumerate(said):
+        places = itertools.count(1)
+        numbered = re.sub("%s", lambda _: f"${next(places)}", statement)  # noqa: B023 - used up within this turn
+        conn.execute(f"prepare said_{number} as {numbered}".encode())
+        row = conn.execute(f"explain (costs off) execute said_{number}('user_1', 5, 'key')".encode()).fetchone()
+        assert row == ("Function Scan on spend",)
+
+
+def test_the_clock_of_the_manual_can_be_turned(database: Database) -> None:
+    replaced, turned = re.findall(r"```sql\n(.*?)```", QUESTIONS.split("## How do I test")[1], re.DOTALL)
+    with psycopg.connect(database.dsn) as conn:
+        conn.execute(replaced.encode())
+        conn.execute(turned.encode())
+        assert conn.execute("select credits.now()").fetchone() == (datetime(2030, 2, 1, tzinfo=UTC),)
+        assert conn.execute("select count(*) from credits.house_rule_violations").fetchone() == (0,)
+        conn.execute("reset tests.now")
+        assert conn.execute("select credits.now() > now()").fetchone() == (True,)

@@ -171,3 +171,11 @@ def test_plpgsql_check_is_silent(database: Database) -> None:
             "create function credits.f() returns int language plpgsql as $$ declare v int; begin return no_such; end $$"
         )
         assert any(row[3] is not None for row in admin.execute(checked).fetchall())
+
+
+@pytest.mark.parametrize("path", SQL, ids=lambda path: path.name)
+def test_no_text_depends_on_how_a_session_reads_backslashes(path: Path) -> None:
+    r"""With standard_conforming_strings off, '\d' is the letter d; E'\\d' is the same in every session."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        plain = re.sub(r"\bE'(?:[^'\\]|''|\\.)*'|--.*", "", line)
+        assert "\\" not in plain, f"{path.name}, line {number}"

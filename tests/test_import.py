@@ -57,7 +57,8 @@ def test_rows_become_grants_and_accounts(ledger: Ledger) -> None:
 WRONG: dict[str, list[Any]] = {
     "key": ["", None, "k" * 241], "account_id": ["", None, "a" * 201],
     "amount": ["", None, 0, -1, "1e3", "ten", 0.1234567],
-    "kind": ["salary"], "expires_at": ["2029-01-01", "soon", "2030-02-31", "infinity"], "cost": [1.5, "-3", "a"],
+    "kind": ["salary"], "cost": [1.5, "-3", "a"],
+    "expires_at": ["2029-01-01", "soon", "2030-02-31", "infinity", "9999-12-31T23:59-01:00"],
     "cost_currency": ["euro", None], "account_kind": ["robot"], "plan": ["none"],
 }  # fmt: skip
 

@@ -334,6 +334,18 @@ def test_extended_holds_go_on_counting(ledger: Ledger) -> None:
     assert used(ledger) == 80
 
 
+def test_a_late_settle_counts_for_whoever_was_added_after_the_hold_had_run_out(ledger: Ledger) -> None:
+    ledger.reserve("alpha", 5, "r", member_id="m2")
+    ledger.now += HOUR
+    ledger.book()
+    ledger.set_member("alpha", "m2", monthly_limit=100)
+    assert ledger.settle("alpha", "r", 3).late
+    assert used(ledger, "m2") == 3
+    ledger.refund_spend("alpha", "r", key="back")
+    assert used(ledger, "m2") == 0
+    assert_sound(ledger)
+
+
 @pytest.mark.parametrize("captured", [0, 30])
 @pytest.mark.parametrize("booked", [False, True])
 def test_a_late_settle_counts_what_it_charges(ledger: Ledger, captured: int, *, booked: bool) -> None:

@@ -199,12 +199,14 @@ def test_a_broken_file_changes_nothing(empty_database: Database, home: Path, do_
         migrate.migrate(empty_database.dsn)
 
 
-def test_the_command_says_in_one_line_what_is_wrong(empty_database: Database) -> None:
+def test_the_command_says_what_is_wrong(empty_database: Database) -> None:
     with psycopg.connect(empty_database.dsn, autocommit=True) as conn:
         conn.execute("create schema credits")
     answer = pgcredits("migrate", "--dsn", empty_database.dsn)
     assert (answer.returncode, answer.stdout) == (1, "")
-    assert answer.stderr == 'pgcredits: 0001.house.sql: schema "credits" already exists\n'
+    assert answer.stderr.startswith("pgcredits: the beginning of the deploy: there is a schema credits, but no schema")
+    assert "A schema credits of your own needs another name." in answer.stderr
+    assert "Traceback" not in answer.stderr
     nobody = pgcredits("migrate", "--dsn", make_conninfo(empty_database.dsn, port=1))
     assert nobody.returncode == 1
     assert nobody.stderr.startswith("pgcredits: cannot reach the database: ")
@@ -321,6 +323,22 @@ def stranger(empty_database: Database) -> Iterator[str]:
         admin.execute(f"create role {name} login password 'x'".encode())
         yield name
         admin.execute(f"reassign owned by {name} to postgres; drop owned by {name}; drop role {name}".encode())
+
+
+def test_a_dump_that_was_restored_in_part_is_told_so(database: Database, tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+
+    def said(taken: list[str], *left_out: str) -> str:
+        database.program("pg_dump", "--format=custom", f"--file={dump}", *taken, database.dsn)
+        with database.engine.database("template0") as restored:
+            database.program("pg_restore", "--exit-on-error", *left_out, f"--dbname={restored.dsn}", str(dump))
+            return pgcredits("migrate", "--dsn", restored.dsn).stderr
+
+    owner = conninfo_to_dict(database.dsn)["user"]
+    without_roles = f"the schema credits belongs to {owner}, not to credits_owner: it was restored without the roles"
+    assert without_roles in said([], "--no-owner", "--no-privileges")
+    assert "there is a schema credits, but no schema credits_migrations" in said(["--schema=credits"])
+    assert said(["--schema=credits*"]) == ""
 
 
 def test_missing_rights_come_with_advice(database: Database, empty_database: Database, stranger: str) -> None:

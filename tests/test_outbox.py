@@ -136,7 +136,7 @@ def test_one_request_is_claimed_by_whoever_waits_for_it(ledger: Ledger) -> None:
     ledger.change("delete from credits.stripe_queue_stop")
     ledger.now += timedelta(hours=23)
     assert ledger.claim_stripe_request(second) == []
-    assert kept(ledger, second).state == "unknown"
+    assert (kept(ledger, second).state, kept(ledger, second).error_type) == ("failed", "outcome_unknown")
 
 
 def test_the_lease_is_a_setting(ledger: Ledger) -> None:
@@ -187,8 +187,7 @@ OUTCOMES: list[tuple[str, int | None, Any, str, str | None, timedelta | None]] =
     (DELETE, 200, {"id": "sub_1", "object": "unheard.of"}, "done", None, None),
     (POST, 402, {"error": DECLINED}, "declined", None, None),
     (POST, 400, {"error": ERROR}, "failed", "stripe_request_failed", None),
-    (POST, 400, {"error": {"type": "idempotency_error"}}, "failed", "stripe_request_failed", None),
-    (POST, 403, {"error": ERROR}, "failed", "stripe_request_failed", None),
+    (GET, 403, {"error": ERROR}, "failed", "stripe_request_failed", None),
     (POST, 404, {"error": ERROR}, "failed", "stripe_request_failed", None),
     (GET, 404, {"error": ERROR}, "done", None, None),
     (DELETE, 404, {"error": ERROR}, "done", None, None),
@@ -261,6 +260,38 @@ def test_a_delete_that_was_sent_once_and_finds_nothing_failed(ledger: Ledger) ->
     assert answer(ledger, number, 404, {"error": ERROR}).state == "failed"
 
 
+REFUSED = {403: ERROR, 400: {"type": "idempotency_error"}}  # without a look at what the key has done
+
+
+@pytest.mark.parametrize("status", REFUSED)
+def test_a_post_that_was_sent_before_and_is_refused_is_looked_for(ledger: Ledger, status: int) -> None:
+    number = ledger.get_or_create_stripe_customer("alpha").request_id
+    ledger.claim_stripe_requests()
+    with ledger.conn.transaction(force_rollback=True):
+        assert answer(ledger, number, status, {"error": REFUSED[status]}).state == "failed"
+        assert [kind for kind, _ in told(ledger)] == ["stripe_request_failed"]
+    answer(ledger, number, None)
+    ledger.now += MINUTE
+    ledger.claim_stripe_requests()
+    row = answer(ledger, number, status, {"error": REFUSED[status]})
+    assert (row.state, row.finished_at, told(ledger)) == ("unknown", None, [])
+    (look,) = ledger.table("stripe_requests", "purpose = 'lookup'")
+    made = {**CUSTOMER, "metadata": {"account_id": "alpha"}}
+    answer(ledger, look.request_id, 200, {"object": "list", "data": [made], "has_more": False})
+    assert kept(ledger, number).state == "done"
+    assert ledger.get_or_create_stripe_customer("alpha").customer_id == made["id"]
+
+
+def test_a_post_that_nothing_can_find_and_that_is_refused_is_told(ledger: Ledger) -> None:
+    number = ask(ledger, "post", "top_up_1", "cancel_top_up", "/v1/payment_intents/pi_1/cancel")
+    for status in (500, 403):
+        ledger.claim_stripe_requests()
+        row = answer(ledger, number, status, {"error": ERROR})
+        ledger.now += MINUTE
+    assert row.state == "unknown"
+    assert [kind for kind, _ in told(ledger)] == ["stripe_request_unknown"]
+
+
 def test_what_could_not_be_sent_failed(ledger: Ledger) -> None:
     number = ask(ledger)
     ledger.claim_stripe_requests()
@@ -287,6 +318,17 @@ def test_a_request_waits_longer_each_time(ledger: Ledger) -> None:
         ledger.now = NOON
 
 
+@pytest.mark.parametrize(
+    ("asked", "waited"),
+    [("30", 30), ("2", 15), ("99999", 900), ("-5", 15), ("Wed, 21 Oct 2026 07:28:00 GMT", 15), ("1e3", 15), ("", 15)],
+)
+def test_stripe_may_ask_for_more_patience(ledger: Ledger, asked: str, waited: int) -> None:
+    number = ask(ledger)
+    ledger.claim_stripe_requests()
+    row = answer(ledger, number, 429, {"error": {}}, headers={"Retry-After": asked})
+    assert row.run_at - ledger.now == wait(number, waited * SECOND)
+
+
 def test_an_answer_of_an_earlier_attempt_counts(ledger: Ledger) -> None:
     number = ask(ledger)
     ledger.claim_stripe_requests()
@@ -298,7 +340,7 @@ def test_an_answer_of_an_earlier_attempt_counts(ledger: Ledger) -> None:
         answer(ledger, number, 200, CUSTOMER, attempt=2)
 
 
-@pytest.mark.parametrize("status", [None, 401, 409, 429, 500])
+@pytest.mark.parametrize("status", [None, 401, 403, 409, 429, 500])
 def test_that_an_earlier_attempt_failed_says_nothing_of_the_one_in_flight(ledger: Ledger, status: int | None) -> None:
     number = ask(ledger)
     ledger.claim_stripe_requests()

@@ -95,6 +95,22 @@ def test_the_first_look_after_months_of_silence_is_right(ledger: Ledger, months:
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("plan", ["basic", "all"])
+def test_a_look_after_years_of_silence_takes_a_moment(ledger: Ledger, plan: str) -> None:
+    """It took as long as the square of the months: 20 seconds for these five years."""
+    ledger.open_account("alpha", plan=plan)
+    bought = ledger.grant(5000, kind="promo")
+    ledger.use(5000)
+    ledger.revoke_grant("alpha", bought.grant_id, key="back")  # each month pays a part of the debt
+    ledger.now = nth_month(NOON, 60, "UTC")
+    ledger.conn.execute("set local statement_timeout = '6s'")
+    seen = ledger.available()
+    ledger.conn.execute("set local statement_timeout = 0")
+    ledger.book()
+    assert seen == ledger.available() == {"basic": 300, "all": 61 * 100 - 5000}[plan]
+    assert_sound(ledger)
+
+
 def nth_month(anchor: datetime, number: int, zone: str) -> datetime:
     """The nth anniversary in a time zone, clamped to the end of its month."""
     local = anchor.astimezone(ZoneInfo(zone))
@@ -326,6 +342,19 @@ def test_a_pending_change_can_be_withdrawn(ledger: Ledger, how: str) -> None:
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("at", ["now", "period_end"])
+def test_who_stays_on_a_plan_that_is_sold_no_more_does_not_choose_it(ledger: Ledger, at: str) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.change_plan("alpha", "basic", at="period_end")
+    ledger.change("update credits.plans set active = false where code = 'pro'")
+    assert ledger.change_plan("alpha", "pro", at=at).pending_plan is None
+    ledger.now = FEBRUARY
+    assert ledger.available() == 900
+    with refused(404, "plan_not_found", plan="old"):
+        ledger.change_plan("alpha", "old", at=at)
+    assert_sound(ledger)
+
+
 def test_a_plan_that_is_sold_no_more_goes_on_and_cannot_be_chosen(ledger: Ledger) -> None:
     ledger.open_account("alpha", plan="basic")
     ledger.change("update credits.plans set active = false where code = 'basic'")
@@ -344,6 +373,56 @@ def test_other_credits_of_a_plan_count_from_the_next_month_on(ledger: Ledger) ->
     ledger.now = MONTHS[1]
     ledger.book()
     assert ledger.available() == 500
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("instead", ["a larger one", "another plan", "none"])
+def test_a_month_that_was_cut_before_it_began_gives_way_like_any_other(ledger: Ledger, instead: str) -> None:
+    ledger.open_account("alpha", plan="pro")
+    (month,) = ledger.table("grants", "status = 'pending'")
+    ledger.revoke_grant("alpha", month.grant_id, amount=5, key="cut")
+    match instead:
+        case "a larger one":
+            ledger.change("update credits.plans set monthly_credits = 950 where code = 'pro'")
+            assert [ledger.initialize_plan_credits() for _ in range(2)] == [1, 0]
+        case "another plan":
+            ledger.change_plan("alpha", "basic", at="period_end")
+        case _:
+            ledger.cancel_plan("alpha")
+    assert_sound(ledger)
+    ledger.now = FEBRUARY
+    seen = ledger.available()
+    ledger.book()
+    assert seen == ledger.available() == {"a larger one": 950, "another plan": 300, "none": 0}[instead]
+    assert ledger.revoke_grant("alpha", month.grant_id, amount=5, key="cut").replayed
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize(
+    ("now_has", "plan", "brought"),
+    [(100, "basic", 0), (100, "max", 550), (2000, "max", 550), (5000, "max", 550)],  # (2000 - 900) for half a month
+)
+def test_a_change_is_measured_by_what_the_month_came_with(
+    ledger: Ledger, now_has: int, plan: str, brought: int
+) -> None:
+    ledger.open_account("alpha", plan="pro")
+    ledger.change("update credits.plans set monthly_credits = %s where code = 'pro'", now_has)
+    ledger.now = HALF
+    ledger.change_plan("alpha", plan)
+    assert ledger.available() == 900 + brought
+    assert_sound(ledger)
+
+
+def test_a_plan_that_is_larger_the_second_time_brings_what_it_has_more(ledger: Ledger) -> None:
+    ledger.open_account("alpha", plan="basic")
+    ledger.now = HALF
+    ledger.change_plan("alpha", "pro")
+    ledger.change_plan("alpha", "basic")
+    ledger.change("update credits.plans set monthly_credits = 1300 where code = 'pro'")
+    for _ in range(2):
+        ledger.change_plan("alpha", "pro")
+        assert ledger.available() == 300 + 300 + 200
+        ledger.change_plan("alpha", "basic")
     assert_sound(ledger)
 
 
@@ -489,6 +568,8 @@ def test_canceling_now_and_beginning_anew_refills_nothing(ledger: Ledger) -> Non
     ledger.cancel_plan("alpha", at="now")
     ledger.change_plan("alpha", "max")
     assert ledger.available() == 550
+    changes = ledger.table("subscription_history", "from_state = to_state")
+    assert {(row.to_state, row.cause) for row in changes} == {("active", "change_plan")}
     ledger.now = FEBRUARY
     assert ledger.available() == 2000
     assert_sound(ledger)
@@ -552,6 +633,28 @@ def test_what_comes_back_after_the_month_rolls_over_too(ledger: Ledger, how: str
     else:
         ledger.refund_spend("alpha", "spent", key="back")
     assert ledger.available() == (150 if how == "refund" else 170)
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("plan", ["all", "cap"])
+def test_what_rolls_over_is_one_grant_however_many_it_was(ledger: Ledger, plan: str) -> None:
+    ledger.open_account("alpha", plan=plan)
+    for number, month in enumerate(MONTHS, start=1):
+        ledger.now = month
+        ledger.book()
+        carried = min(100 * number, 150 if plan == "cap" else 1000)
+        assert [lot[2] for lot in lots(ledger) if lot[0] == month] == [100, carried]
+    assert_sound(ledger)
+
+
+def test_more_than_a_grant_can_hold_rolls_over(ledger: Ledger) -> None:
+    ledger.change("update credits.plans set monthly_credits = 600000000000 where code = 'all'")
+    ledger.open_account("alpha", plan="all")
+    for number, month in enumerate(MONTHS, start=2):
+        ledger.now = month
+        seen = ledger.available()
+        ledger.book()
+        assert seen == ledger.available() == number * 600000000000
     assert_sound(ledger)
 
 
@@ -787,6 +890,59 @@ def test_a_schedule_is_let_go_before_the_end_is_announced(subscriber: Ledger, to
     assert wanted(ledger) == [CANCEL], "the schedule is gone already"
 
 
+def answer_retrieve(ledger: Ledger) -> None:
+    """Stripe tells how the subscription stands: as ever."""
+    (asked,) = ledger.table("stripe_requests", "purpose = 'retrieve'")
+    assert asked.ref == "subscription:sub_1"
+    assert ledger.complete_stripe_request(asked.request_id, 200, json.dumps(subscription())).state == "done"
+
+
+@pytest.mark.parametrize("status", [400, 402, 403])
+@pytest.mark.parametrize("step", ["schedule_plan", "schedule_phases"])
+def test_a_plan_that_stripe_refuses_to_schedule_is_pending_no_more(subscriber: Ledger, step: str, status: int) -> None:
+    ledger = subscriber
+    assert ledger.change_plan("alpha", "pro", at="period_end").pending_plan == "pro"
+    ledger.now += SECOND
+    if step == "schedule_phases":
+        ledger.claim_stripe_requests()
+        (first,) = ledger.table("stripe_requests", "purpose = 'schedule_plan'")
+        single = scheduled(phases=[{"start_date": 1, "items": [{"price": "price_basic"}]}])
+        ledger.complete_stripe_request(first.request_id, 200, json.dumps(single))
+        assert state(ledger).pending_plan == "pro"
+    (asked,) = ledger.table("stripe_requests", "purpose = %s", step)
+    ledger.claim_stripe_requests()
+    ledger.complete_stripe_request(asked.request_id, status, json.dumps({"error": {"type": "invalid_request_error"}}))
+    ledger.now += SECOND
+    answer_retrieve(ledger)
+    assert (state(ledger).pending_plan, state(ledger).pending_at) == (None, None)
+
+
+UNKNOWN: dict[str, Callable[[Ledger], Any]] = {
+    "change_plan": lambda ledger: ledger.change_plan("alpha", "pro"),
+    "schedule_plan": lambda ledger: ledger.change_plan("alpha", "pro", at="period_end"),
+    "cancel_plan": lambda ledger: ledger.cancel_plan("alpha"),
+}
+
+
+@pytest.mark.parametrize("purpose", UNKNOWN)
+def test_a_word_of_which_nobody_knows_what_came_is_not_in_the_way(subscriber: Ledger, purpose: str) -> None:
+    """Or the same call is answered with success for ever, and nothing is said to Stripe."""
+    ledger = subscriber
+    UNKNOWN[purpose](ledger)
+    (asked,) = ledger.table("stripe_requests", "purpose = %s", purpose)
+    ledger.claim_stripe_requests()
+    ledger.complete_stripe_request(asked.request_id, None, None)
+    ledger.now += 24 * HOUR
+    ledger.claim_stripe_requests(100)
+    (asked,) = ledger.table("stripe_requests", "purpose = %s", purpose)
+    assert (asked.state, asked.error_type) == ("failed", "outcome_unknown")
+    answer_retrieve(ledger)
+    assert state(ledger).pending_plan is None
+    UNKNOWN[purpose](ledger)
+    (again,) = ledger.table("stripe_requests", "purpose = %s and state = 'queued'", purpose)
+    assert again.params == asked.params
+
+
 def test_what_was_withdrawn_is_no_refusal_of_stripe_and_not_made_again(subscriber: Ledger) -> None:
     ledger = subscriber
     ledger.cancel_plan("alpha")
@@ -892,6 +1048,13 @@ def test_who_changes_stays_with_the_currency_and_interval_that_is_paid(subscribe
     assert dict(zip(pays, chosen, strict=True)) == dict(
         zip(pays, [*(f"price_{currency}_{every}" for currency, every in sold), *others], strict=True)
     )
+
+
+def test_who_stays_on_a_plan_that_stripe_sells_no_more_withdraws_what_is_pending(subscriber: Ledger) -> None:
+    subscriber.change_plan("alpha", "pro", at="period_end")
+    subscriber.change("update credits.plans set stripe_price_ids = '{}', active = false where code = 'basic'")
+    assert subscriber.change_plan("alpha", "basic", at="period_end").pending_plan is None
+    assert wanted(subscriber) == []
 
 
 def test_a_plan_that_stripe_does_not_sell_cannot_be_asked_for(subscriber: Ledger) -> None:

@@ -31,6 +31,10 @@ def busy(ledger: Ledger) -> None:
     ledger.settle("alpha", "r", 18)
     ledger.now += 2 * HOUR + timedelta(microseconds=123450)
     ledger.set_member("alpha", "m1", monthly_limit=100)
+    ledger.grant(7, effective_at=ledger.now, priority=99)
+    ledger.import_opening_balances(
+        [{"key": "1", "account_id": "beta", "amount": 3, "expires_at": "2031-01-31T12:00:00.5Z"}]
+    )
     ledger.reserve("alpha", 5, "open", member_id="m1")
     lot = ledger.grant(40, "beta")
     ledger.use(40, "beta")
@@ -197,6 +201,7 @@ CHAIN, HEAD = "entries_are_numbered_and_chained", "balance_holds_the_head"
 HELD, SUM = "held_is_the_sum_of_open_reservations", "balance_is_the_sum_of_entries"
 LOT, LOTS = "grant_is_what_its_entries_say", "grants_sum_to_the_balance"
 ACCOUNT = "balance_knows_its_account"
+SLICES, TERMS = "reservations_hold_their_slices", "grants_are_what_was_asked_for"
 
 
 def entry(change: str) -> str:
@@ -270,6 +275,18 @@ TAMPERINGS: list[tuple[str, str]] = [  # the finding that names it, and what the
     ("member_use_is_what_entries_say", "update credits.members set month_used = month_used - 1"),
     ("member_use_is_what_entries_say", "update credits.members set month_start = month_start - interval '1 month'"),
     ("member_use_is_what_entries_say", hold("member_id = 'm2'")),
+    (SLICES, hold("grant_ids = grant_ids || 999999999::bigint, grant_amounts = grant_amounts || 5.0")),
+    (SLICES, hold("grant_ids = grant_ids || grant_ids, grant_amounts = grant_amounts || 0.0")),
+    (SLICES, hold("grant_amounts = grant_amounts || 1.0, grant_ids = grant_ids || null::bigint")),
+    (SLICES, hold("grant_ids = '{}', grant_amounts = '{}'")),
+    (TERMS, lots("expires_at = expires_at + interval '1 day'", "expires_at is not null")),
+    (TERMS, lots("expires_at = null", "expires_at is not null")),
+    (TERMS, lots("expires_at = effective_at + interval '1 year'", "source is null and expires_at is null")),
+    (TERMS, lots("expires_at = effective_at + interval '1 year'", "source like 'checkout:%'")),
+    (TERMS, lots("kind = 'gift'", "source is null")),
+    (TERMS, lots("scope = '{songs}'", "source is null")),
+    (TERMS, lots("priority = 1", "fingerprint ? 'priority'")),
+    (TERMS, lots("effective_at = effective_at - interval '1 day'", "fingerprint ? 'effective_at'")),
     ("nothing_falls_due_unseen", "update credits.balances set next_due_at = 'infinity' where account_id = 'alpha'"),
 ]  # fmt: skip
 
@@ -288,6 +305,7 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("completed_purchases_have_their_grant", "update credits.purchases set credits = credits + 1"),
     ("completed_purchases_have_their_grant", "delete from credits.stripe_facts"),
     ("facts_have_their_purchase", "delete from credits.purchases"),
+    ("payments_have_bought_once", "update credits.purchases set stripe_payment_intent_id = 'pi_1'"),
     ("paid_invoices_have_granted", "delete from credits.stripe_facts where kind = 'invoice'"),
     ("paid_lines_have_their_grant", "update credits.allowances set credits = 501, first_credits = 501"),
     ("paid_lines_have_their_grant", "update credits.allowances set first_credits = 499"),
@@ -308,6 +326,9 @@ BOOK_TAMPERINGS: list[tuple[str, str]] = [  # what only audit() sees, since it l
     ("windows_count_their_usages", "update credits.usages set status = 'open' where usage_id = 'u2'"),
     ("admissions_are_numbered", "update credits.usage_admissions set number = number + 1 where number = 2"),
     ("offers_are_what_plans_say", OFFER),
+    ("subscriptions_are_as_their_history", "update credits.subscriptions set state = 'paused' where source = 'stripe'"),
+    ("subscriptions_are_as_their_history", "update credits.subscriptions set state = 'none' where source = 'internal'"),
+    ("time_zones_are_known", "update credits.accounts set time_zone = 'Mars/Olympus'"),
     ("clawbacks_reach_their_target", REFUNDED),
     ("clawbacks_reach_their_target", "delete from credits.clawbacks; " + REFUNDED),
 ]  # fmt: skip
@@ -379,3 +400,13 @@ def test_the_service_may_neither_read_nor_write_a_table(ledger: Ledger) -> None:
         for statement in (f"select from credits.{table}", f"delete from credits.{table}"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege), ledger.conn.transaction():
                 ledger.conn.execute(statement.encode())
+
+
+def test_a_time_zone_that_the_server_no_longer_knows_hides_no_other_finding(intruder: Ledger) -> None:
+    intruder.conn.execute("update credits.accounts set time_zone = 'Mars/Olympus' where account_id in ('alpha', 'di')")
+    assert intruder.prove_balance("alpha").ok
+    intruder.conn.execute("update credits.balances set held = held + 1 where account_id = 'alpha'")
+    intruder.conn.execute("update credits.usage_windows set calls = calls + 1")
+    found = {(row.invariant, row.account_id) for row in intruder.audit()}
+    zones = {("time_zones_are_known", "alpha"), ("time_zones_are_known", "di")}
+    assert found == {*zones, (HELD, "alpha"), (LOTS, "alpha"), ("windows_count_their_usages", "di")}

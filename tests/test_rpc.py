@@ -242,6 +242,18 @@ def test_a_database_that_is_gone_is_503_for_all_at_once(shapes: Database) -> Non
 
 
 @ONE_ENGINE
+def test_a_server_that_takes_no_writes_is_said_to_be_one(database: Database) -> None:
+    with database.admin() as admin:  # as a platform does where the disk is full
+        admin.execute(f"alter database {database.name} set default_transaction_read_only = on")
+    with forwarder(database) as door:
+        refused = door.http.post("/rpc/open_account", json={"account_id": "a"}, headers=BACKEND)
+        assert (error(refused), refused.json()["message"]) == ((503, "PT503"), "not_ready")
+        assert "takes no writes" in refused.json()["hint"]
+        assert refused.headers["retry-after"] == "5"
+        assert door.http.post("/rpc/list_packages", json={}, headers=BACKEND).status_code == 200
+
+
+@ONE_ENGINE
 def test_a_login_that_may_not_act_for_callers_is_told_before_they_come(shapes: Database) -> None:
     issuers = {"https://id.example.com": Issuer("http://127.0.0.1:1/")}
     name = f"nobody_{os.getpid()}"

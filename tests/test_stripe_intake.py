@@ -472,6 +472,18 @@ def test_the_list_pages_and_says_what_became_of_each_event(ledger: Ledger) -> No
     assert [row.event_id for row in ledger.list_stripe_events(type=COMPLETED, status="parked")] == ["evt_6"]
 
 
+def test_no_event_is_lost_between_two_pages(ledger: Ledger) -> None:
+    for n in range(7):
+        ledger.tell("product.created", {**PRODUCT, "id": f"prod_{n}"}, f"evt_{n}")
+        ledger.now += SECOND if n in {0, 4} else SECOND * 0
+    pages: list[list[str]] = []
+    before: datetime | None = None
+    while page := ledger.list_stripe_events(max_rows=2, before=before):
+        pages.append([row.event_id for row in page])
+        before = page[-1].received_at
+    assert pages == [["evt_5", "evt_6"], ["evt_1", "evt_2", "evt_3", "evt_4"], ["evt_0"]]
+
+
 def test_the_archive_drops_old_payloads_of_what_is_done_and_keeps_every_id(ledger: Ledger) -> None:
     stranger = session("cs_2", customer="cus_2", metadata={"account_id": "beta", "package": "starter"})
     with failing(ledger):

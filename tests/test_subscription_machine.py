@@ -106,29 +106,30 @@ def test_every_move_from_every_state_is_foreseen_followed_or_refused(ledger: Led
         ledger.tell("customer.subscription.created", subscription(status="active"))
     else:
         ledger.change_plan("alpha", "free")
-    ledger.change("delete from credits.subscription_history; delete from credits.notifications")
-    states, foreseen = moves(ledger)
-    for before, after in product(states, states):
-        with ledger.conn.transaction(force_rollback=True):
-            ledger.change("update credits.subscriptions set state = %s", before)
-            if before == after:
-                with ledger.unchanged():
+    with ledger.conn.transaction(force_rollback=True):  # what hands change, the audit finds
+        ledger.change("delete from credits.subscription_history; delete from credits.notifications")
+        states, foreseen = moves(ledger)
+        for before, after in product(states, states):
+            with ledger.conn.transaction(force_rollback=True):
+                ledger.change("update credits.subscriptions set state = %s", before)
+                if before == after:
+                    with ledger.unchanged():
+                        advance(ledger, after)
+                elif (before, after) in foreseen:
                     advance(ledger, after)
-            elif (before, after) in foreseen:
-                advance(ledger, after)
-                assert history(ledger) == [(before, after, False)]
-                (heard,) = ledger.table("notifications")
-                assert (heard.account_id, heard.data["from"]) == ("alpha", before)
-            elif source == "stripe":
-                advance(ledger, after)
-                assert history(ledger) == [(before, after, True)]
-                assert ledger.table("notifications") == []
-            else:
-                with ledger.unchanged(), refused(409, "illegal_transition", **{"from": before, "to": after}):
+                    assert history(ledger) == [(before, after, False)]
+                    (heard,) = ledger.table("notifications")
+                    assert (heard.account_id, heard.data["from"]) == ("alpha", before)
+                elif source == "stripe":
                     advance(ledger, after)
-                continue
-            (row,) = ledger.table("subscriptions")
-            assert (row.state, row.past_due_at is not None) == (after, after == "past_due" != before)
+                    assert history(ledger) == [(before, after, True)]
+                    assert ledger.table("notifications") == []
+                else:
+                    with ledger.unchanged(), refused(409, "illegal_transition", **{"from": before, "to": after}):
+                        advance(ledger, after)
+                    continue
+                (row,) = ledger.table("subscriptions")
+                assert (row.state, row.past_due_at is not None) == (after, after == "past_due" != before)
 
 
 def test_the_effect_of_every_move_exists(ledger: Ledger) -> None:
@@ -155,17 +156,18 @@ def test_a_hand_made_history_tells_of_legal_moves_only(ledger: Ledger) -> None:
         "(account_id, subscription_id, from_state, to_state, unexpected, created_at) "
         "values ('alpha', 'sub_1', %s, %s, %s, credits.now())"
     )
-    for before, after in product(states, states):
-        if before == after or (before, after) in foreseen:
-            ledger.change(insert, before, after, False)
-        else:
-            with pytest.raises(psycopg.errors.ForeignKeyViolation) as caught, ledger.conn.transaction():
+    with ledger.conn.transaction(force_rollback=True):
+        for before, after in product(states, states):
+            if before == after or (before, after) in foreseen:
                 ledger.change(insert, before, after, False)
-            assert caught.value.diag.constraint_name == "history_only_legal_moves"
-            ledger.change(insert, before, after, True)
-    for wrong in ("napping", ""):
-        with pytest.raises(psycopg.errors.ForeignKeyViolation), ledger.conn.transaction():
-            ledger.change(insert, "active", wrong, True)
+            else:
+                with pytest.raises(psycopg.errors.ForeignKeyViolation) as caught, ledger.conn.transaction():
+                    ledger.change(insert, before, after, False)
+                assert caught.value.diag.constraint_name == "history_only_legal_moves"
+                ledger.change(insert, before, after, True)
+        for wrong in ("napping", ""):
+            with pytest.raises(psycopg.errors.ForeignKeyViolation), ledger.conn.transaction():
+                ledger.change(insert, "active", wrong, True)
 
 
 def test_stripe_is_followed_from_every_state_to_every_other(ledger: Ledger) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import stripe
 from door import Door
-from ledger_support import Ledger, assert_sound, committed
+from ledger_support import SECOND, Ledger, assert_sound, committed
 from psycopg.types.json import Jsonb
 from servers import Database, until
 from stripe_fake import KEY, StripeFake
@@ -222,6 +222,15 @@ def test_a_fault_costs_time_and_nothing_else(
 
 
 @ONE_ENGINE
+def test_stripe_is_given_the_time_it_asks_for(database: Database, ledger: Ledger, fake: StripeFake) -> None:
+    number = customer(ledger)
+    fake.script("429")
+    work(database, fake)
+    row = kept(ledger, number)
+    assert row.run_at - row.last_sent_at >= 40 * SECOND
+
+
+@ONE_ENGINE
 def test_an_error_that_stripe_keeps_under_the_key_stays(database: Database, ledger: Ledger, fake: StripeFake) -> None:
     number = customer(ledger)
     fake.script("500 kept")
@@ -253,8 +262,8 @@ def test_other_parameters_under_one_key_are_a_bug_that_is_told(
     ledger.change("update credits.stripe_requests set params = %s", Jsonb({"email": "beta@example.com"}))
     due_now(ledger)
     work(database, fake)
-    assert (kept(ledger, number).state, kept(ledger, number).error_type) == ("failed", "idempotency_error")
-    assert [told.type for told in ledger.table("notifications")] == ["stripe_request_failed"]
+    assert (kept(ledger, number).state, kept(ledger, number).error_type) == ("unknown", "idempotency_error")
+    assert [told.type for told in ledger.table("notifications")] == ["stripe_request_unknown"], "it was done"
 
 
 @ONE_ENGINE
