@@ -43,6 +43,7 @@ max_worker_processes = 20
 """
 ENGINES = ["pg18", "pg15"]
 WHEELS = Path(__file__).parent.parent / ".postgresql"  # where .ci/run puts the versions between
+ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # where the server makes no difference
 EVERY_VERSION = pytest.mark.parametrize("server", [*ENGINES, "pg16", "pg17"], indirect=True)
 _numbers = itertools.count(1)
 

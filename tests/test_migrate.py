@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from client import Client
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from servers import EVERY_VERSION, OWNER, Database
+from servers import EVERY_VERSION, ONE_ENGINE, OWNER, Database
 from yoyo import get_backend, read_migrations
 
 from pgcredits import migrate
@@ -114,6 +114,7 @@ end $$;
 """
 
 
+@ONE_ENGINE
 @pytest.mark.parametrize("known", range(1, len(ALL)))
 def test_functions_of_an_earlier_version_are_no_obstacle(empty_database: Database, home: Path, known: int) -> None:
     for path in (home / "sql").glob("*.sql"):
@@ -292,7 +293,7 @@ def test_one_file_installs_with_psql_alone(empty_database: Database, database: D
     assert empty_database.dump() == database.dump()
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_two_databases_use_different_idempotency_keys(empty_database: Database, database: Database) -> None:
     migrate.migrate(empty_database.dsn)
     first = []
