@@ -286,26 +286,6 @@ Answers with the new deadline, which is never earlier than the old one and never
 Errors: 400 invalid_request, 404 account_not_found, reservation_not_found, 409 reservation_closed,
 410 reservation_expired.';
 
-create or replace function credits.get_reservation(
-  account_id     text,
-  reservation_id text
-)
-returns credits.settle_result
-language plpgsql
-stable
-security definer
-set search_path = pg_catalog, pg_temp
-as $$
-begin
-  perform credits._account(get_reservation.account_id);
-  return credits._settle_result(credits._reservation(get_reservation.account_id, get_reservation.reservation_id), false);
-end $$;
-comment on function credits.get_reservation(text, text) is
-'A reservation and its outcome: status open, settled, released or expired; closed ones are kept.
-
-An open one whose time is over is shown as expired, which it is for everybody.
-Errors: 400 invalid_request, 404 account_not_found, reservation_not_found.';
-
 -- Helpers ------------------------------------------------------------------------------------------------------------
 
 create or replace function credits._reservation(

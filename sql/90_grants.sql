@@ -15,6 +15,7 @@ grant execute on function
   credits.grant_credits, credits.adjust, credits.revoke_grant, credits.transfer_credits,
   credits.spend, credits.spend_many, credits.refund_spend,
   credits.reserve, credits.capture, credits.settle, credits.release, credits.extend, credits.get_reservation,
+  credits.list_reservations,
   credits.set_member, credits.remove_member, credits.list_members,
   credits.quote, credits.check_access, credits.authorize_usage, credits.settle_usage, credits.get_limits, credits.get_usage,
   credits.grant_plan_credits, credits.initialize_plan_credits,

@@ -114,6 +114,9 @@ class Client:
     def get_reservation(self, account_id: str | None, reservation_id: str | None) -> Any:
         return self.row("get_reservation", account_id=account_id, reservation_id=reservation_id)
 
+    def list_reservations(self, account_id: str | None, **options: Any) -> list[Any]:
+        return self.rows("list_reservations", account_id=account_id, **options)
+
     def set_member(self, account_id: str | None, member_id: str | None, **more: Any) -> Any:
         return self.row("set_member", account_id=account_id, member_id=member_id, **more)
 

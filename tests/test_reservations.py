@@ -161,7 +161,7 @@ def test_above_the_hold_the_policy_decides(
     assert (result.status, result.late, result.released) == ("settled", bool(hours), 0)
     assert result.available == sums[0]
     assert ledger.sums() == sums
-    assert ledger.get_reservation("alpha", "r") == result
+    assert ledger.get_reservation("alpha", "r")[: len(result)] == result
     assert same(result, ledger.settle("alpha", "r", actual, on_overage=policy))
     assert_sound(ledger)
 
@@ -276,6 +276,37 @@ def test_a_reservation_ends_at_the_very_instant_of_its_deadline(ledger: Ledger) 
     with ledger.unchanged():
         assert (ledger.available(), ledger.get_reservation("alpha", "r").status) == (95, "expired")
     ledger.use(95)
+
+
+def test_a_reservation_says_what_it_holds(ledger: Ledger) -> None:
+    about = {"subject": "book:1", "capability": "chapter", "description": "a chapter", "metadata": {"n": 1}}
+    ledger.reserve("alpha", 30, "r", ttl="1 hour", **about)
+    ledger.capture("alpha", "r", 10, key="c")
+    row = ledger.get_reservation("alpha", "r")
+    assert (row.status, row.amount, row.captured, row.held) == ("open", 30, 10, 20)
+    assert (row.created_at, row.expires_at, row.closed_at) == (NOON, NOON + HOUR, None)
+    assert {name: getattr(row, name) for name in about} == about
+    ledger.settle("alpha", "r", 5)
+    row = ledger.get_reservation("alpha", "r")
+    assert (row.status, row.charged, row.released, row.held, row.closed_at) == ("settled", 5, 15, 0, NOON)
+
+
+def test_open_reservations_are_listed_the_first_to_run_out_first(ledger: Ledger) -> None:
+    for name, minutes in [("late", 9), ("closed", 4), ("soon", 1), ("twin", 5), ("same", 5)]:
+        ledger.reserve("alpha", 10, name, ttl=f"{minutes} minutes")
+    ledger.release("alpha", "closed")
+    ledger.capture("alpha", "twin", 3, key="c")
+    rows = ledger.list_reservations("alpha")
+    assert [row.reservation_id for row in rows] == ["soon", "same", "twin", "late"]
+    assert sum(row.held for row in rows) == ledger.get_balance("alpha").held == 37
+    pages, after = [], None
+    while page := ledger.list_reservations("alpha", after=after, max_rows=2):
+        pages.append([row.reservation_id for row in page])
+        after = page[-1].expires_at
+    assert pages == [["soon", "same", "twin"], ["late"]]
+    ledger.now = rows[0].expires_at
+    assert [row.reservation_id for row in ledger.list_reservations("alpha")] == ["same", "twin", "late"]
+    assert sum(row.held for row in ledger.list_reservations("alpha")) == ledger.get_balance("alpha").held
 
 
 def test_a_run_out_reservation_refuses_captures_and_more_time(ledger: Ledger) -> None:

@@ -1,0 +1,2 @@
+set local role credits_owner;
+drop type credits.reservation_row;
