@@ -13,7 +13,7 @@ import pytest
 from ledger_support import DAY, HOUR, MINUTE, SECOND, Ledger, assert_sound, committed, refused, session, together
 from psycopg import Connection
 from psycopg.types.json import Jsonb
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_fake import KEY, StripeFake
 from stripe_params import problems
 
@@ -25,7 +25,6 @@ Json = dict[str, Any]
 SUCCEEDED, FAILED, CREATED = "payment_intent.succeeded", "payment_intent.payment_failed", "payment_intent.created"
 ASKED_FOR = "authentication_required"
 CARD = {"type": "card_error", "code": "card_declined", "decline_code": "insufficient_funds"}
-ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is the network that is tested
 
 
 def customer(card: str | None = "pm_1", **more: Any) -> Json:

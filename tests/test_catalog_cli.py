@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ledger_support import committed
-from servers import Database
+from servers import ONE_ENGINE, Database
 
 from pgcredits import catalog, cli
 from pgcredits.catalog import CatalogError
@@ -146,7 +146,7 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_problems_have_their_line(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "catalogue.yaml"
     for (old, new), expected in PROBLEMS.items():
@@ -201,7 +201,7 @@ def test_files_that_are_not_there_or_no_text(tmp_path: Path) -> None:
         catalog.write(str(tmp_path / "none" / "there"), "")
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_without_the_right_or_a_file_the_process_says_so_in_one_line(database: Database, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pgcredits", "catalog"]
     env = {**os.environ, "PGCREDITS_DSN": f"{database.dsn} options='-c role=credits_user'"}
@@ -274,7 +274,7 @@ def test_what_is_written_reads_the_same(value: Any) -> None:
     assert json.loads(catalog._json(root, (), document, ()), parse_float=Decimal) == value  # noqa: SLF001
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_the_example_of_the_manual_can_be_applied(run: Run) -> None:
     page = (Path(__file__).parents[1] / "docs/catalog.md").read_text()
     (example,) = re.findall(r"```yaml\n(capabilities:.*?)```", page, re.DOTALL)

@@ -11,7 +11,7 @@ from client import Client, CreditsError
 from ledger_support import NOON, Ledger, committed, refused
 from psycopg import Connection
 from psycopg.types.json import Jsonb
-from servers import Database
+from servers import ONE_ENGINE, Database
 from test_bad_input import GOOD
 
 URL = "http://localhost"
@@ -320,7 +320,7 @@ def test_types_of_the_caller_never_run_as_the_owner(prepared: Database) -> None:
 # Plans ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)  # one engine is enough for so many rows
+@ONE_ENGINE  # one engine is enough for so many rows
 def test_a_page_of_one_account_among_many_rows_is_read_by_an_index(prepared: Database) -> None:
     with prepared.connect("credits_owner") as owner:
         owner.execute(

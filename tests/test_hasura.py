@@ -16,7 +16,7 @@ from ledger_support import committed
 from psycopg import Connection, sql
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import namedtuple_row
-from servers import Database, Engine
+from servers import ONE_ENGINE, Database, Engine
 
 from pgcredits import migrate
 
@@ -254,7 +254,7 @@ SABOTAGE = [
 ]
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_what_is_wrong_with_the_metadata_is_told(hasura: Database, tmp_path: Path) -> None:
     for number, (file, old, new, problem) in enumerate(SABOTAGE):
         folder = tmp_path / str(number)
@@ -266,7 +266,7 @@ def test_what_is_wrong_with_the_metadata_is_told(hasura: Database, tmp_path: Pat
         assert any(problem in line for line in check(login(hasura), folder)), (file, new)
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_what_is_wrong_with_the_database_is_told(server: Engine, hasura: Database) -> None:
     with server.database() as database:
         install(database)

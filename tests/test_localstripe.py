@@ -14,7 +14,7 @@ import pytest
 from door import SECRET, Door, paid
 from ledger_support import Ledger, assert_sound, committed
 from psycopg.types.json import Jsonb
-from servers import Database, until
+from servers import ONE_ENGINE, Database, until
 
 KEY = "sk_test_12345"
 ROLE = "credits_service"
@@ -78,7 +78,7 @@ def state(ledger: Ledger) -> Any:
     return ledger.get_subscription_state("alpha").state
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_the_life_of_a_customer_at_another_stripe(database: Database, peer: httpx.Client) -> None:
     with (
         committed(database) as ledger,

@@ -23,7 +23,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from door import Door
 from ledger_support import Ledger, committed
-from servers import Database, until
+from servers import ONE_ENGINE, Database, until
 from standardwebhooks.webhooks import Webhook
 from starlette.types import Message, Receive, Scope, Send
 
@@ -34,7 +34,7 @@ from pgcredits.settings import Settings, SettingsError
 PAGE = (Path(__file__).resolve().parents[1] / "docs/notifications.md").read_text()
 ROLE = "credits_service"
 SECRET, OTHER = "whsec_" + "YWxwaGE" * 6, "whsec_" + "YmV0YQ" * 6
-pytestmark = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is the network that is tested
+pytestmark = ONE_ENGINE  # it is the network that is tested
 
 
 class Receiver:

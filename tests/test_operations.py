@@ -14,7 +14,7 @@ from door import Door
 from ledger_support import DAY, HOUR, MINUTE, Ledger, assert_sound, committed, refused, session
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg import Connection
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_world import World, prepare, settle
 
 from pgcredits import observe
@@ -306,7 +306,7 @@ def test_lines_of_json(capsys: pytest.CaptureFixture[str]) -> None:
 # Commands -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 def test_the_commands_of_an_operator(database: Database, capsys: pytest.CaptureFixture[str]) -> None:
     with committed(database) as ledger:
         ledger.load_demo_catalog()

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from ledger_support import assert_sound, committed, session
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_fake import KEY, StripeFake
 from typer.testing import CliRunner, Result
 
 from pgcredits.cli import cli
 
-pytestmark = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is the command that is tested
+pytestmark = ONE_ENGINE  # it is the command that is tested
 
 
 @pytest.fixture

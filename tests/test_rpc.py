@@ -16,14 +16,13 @@ import pytest
 from door import Door, as_curl
 from five_ways import JWT_SECRET, ROOT, SERVICE, fits, forwarder, login, postgrest, token
 from ledger_support import Ledger, committed
-from servers import Database, Engine
+from servers import ONE_ENGINE, Database, Engine
 from stripe_fake import KEY, StripeFake
 from test_official_clients import prepare
 
 from pgcredits import rpc
 from pgcredits.settings import Issuer
 
-ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is our own code that is tested
 USER = {"Authorization": f"Bearer {token(sub='alice')}"}
 BACKEND = {
     "Authorization": f"Bearer {token(**SERVICE)}", "Content-Profile": "credits", "Accept-Profile": "credits",

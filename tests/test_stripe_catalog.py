@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from catalog_support import problems_of
 from ledger_support import Ledger, assert_sound, committed, session, together
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_fake import KEY, StripeFake
 from stripe_params import problems
 
@@ -19,7 +19,6 @@ from pgcredits import cli, worker
 from pgcredits.db import Database as Pool
 from pgcredits.settings import Settings
 
-ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)
 Json = dict[str, Any]
 CATALOG: Json = {
     "packages": {

@@ -17,6 +17,7 @@ import pytest
 from ledger_support import Ledger, assert_sound
 from psycopg import Connection
 from scenarios import STORIES
+from servers import ONE_ENGINE
 from stripe_world import World, prepare
 from test_stripe_scenarios import SHAPES  # and with it all stories
 
@@ -80,7 +81,7 @@ def event_about(thing: dict[str, Any], created: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)  # on both the stories are told in test_stripe_scenarios
+@ONE_ENGINE  # on both the stories are told in test_stripe_scenarios
 @pytest.mark.parametrize("named", [False, True], ids=["as they are", "of a known account"])
 def test_payloads_in_no_order_never_fail(conn: Connection[Any], *, named: bool) -> None:
     ledger = Ledger(conn)

@@ -15,7 +15,7 @@ from ledger_support import DAY, MINUTE, NOON, Ledger, assert_sound, together, un
 from psycopg import Connection
 from scenarios import STORIES, Outcome, changes, failures, purchases, refunds, subscriptions
 from scenarios.chance import Chance
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_world import START, Event, Shape, World, prepare, settle
 
 ALL = (purchases, subscriptions, changes, failures, refunds)  # importing them lists their stories
@@ -183,7 +183,7 @@ def tell_in_time(ledger: Ledger, world: World) -> None:
     settle(ledger, world)
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", STORIES)
 def test_any_order_ends_in_one_state(ledger: Ledger, name: str, shape: Shape) -> None:
@@ -202,7 +202,7 @@ def test_any_order_ends_in_one_state(ledger: Ledger, name: str, shape: Shape) ->
             assert_same(state(ledger), expected)
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", STORIES)
 def test_gossip_and_expanded_references_change_nothing(ledger: Ledger, name: str, shape: Shape) -> None:
@@ -252,7 +252,7 @@ def test_each_year_has_its_months_also_where_its_line_has_the_id_of_the_last(led
             assert_sound(ledger)
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 @pytest.mark.parametrize("name", STORIES)
 def test_what_is_spent_meanwhile_is_missing_once(ledger: Ledger, name: str) -> None:
     world, random = World(), Random(name)
@@ -272,7 +272,7 @@ def test_what_is_spent_meanwhile_is_missing_once(ledger: Ledger, name: str) -> N
     assert_sound(ledger)
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)
+@ONE_ENGINE
 @pytest.mark.parametrize("seed", range(30))
 def test_stories_made_by_chance_end_in_one_state(ledger: Ledger, seed: int) -> None:
     world, random = World(SHAPES[seed % 2]), Random(seed)

@@ -11,17 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import pytest
 from door import Door
 from ledger_support import Ledger, assert_sound, committed
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_fake import KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = (ROOT / "docs/stripe.md").read_text().split("## Try it without Stripe")[1].split("\n## ")[0]
 SECRET = "whsec_to_try"
 SHOP, DOOR = "127.0.0.1:12111", "127.0.0.1:8080"
-pytestmark = pytest.mark.parametrize("server", ["pg18"], indirect=True)
+pytestmark = ONE_ENGINE
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import stripe
 from door import Door
 from ledger_support import SECOND, Ledger, assert_sound, committed
 from psycopg.types.json import Jsonb
-from servers import Database, until
+from servers import ONE_ENGINE, Database, until
 from stripe_fake import KEY, StripeFake
 
 from pgcredits import outbox, worker
@@ -28,7 +28,6 @@ from pgcredits.db import Database as Pool
 from pgcredits.settings import Settings
 
 ROLE = "credits_service"
-ONE_ENGINE = pytest.mark.parametrize("server", ["pg18"], indirect=True)  # it is the network that is tested
 KILLS = int(os.environ.get("PGCREDITS_TEST_KILLS", "25"))  # and ten requests for each
 
 

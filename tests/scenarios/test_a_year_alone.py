@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from ledger_support import DAY, HOUR, MINUTE, SETTABLE_CLOCK, Ledger, assert_sound
 from psycopg.types.json import Jsonb
-from servers import Database
+from servers import ONE_ENGINE, Database
 from stripe_world import START, World, later, prepare
 
 ACCOUNTS = int(os.environ.get("PGCREDITS_TEST_YEAR_ACCOUNTS", "120"))
@@ -269,7 +269,7 @@ class Year:
         self.rest()
 
 
-@pytest.mark.parametrize("server", ["pg18"], indirect=True)  # what differs between engines, other tests see
+@ONE_ENGINE  # what differs between engines, other tests see
 def test_a_year_alone(database: Database) -> None:
     with (
         database.connect(autocommit=True) as conn,
