@@ -115,6 +115,27 @@ def test_again_erases_what_came_since_and_takes_nothing_twice(ledger: Ledger) ->
     assert ledger.repeat_erasures() == 0
 
 
+def test_what_no_longer_names_its_customer_is_erased_too(ledger: Ledger) -> None:
+    """A card that was detached, and a dispute that names a charge alone."""
+    world = Telling(chatty=True)
+    world.acting = "alpha"
+    prepare(ledger, "alpha")
+    session = world.buy("alpha")
+    card = world.put("payment_method", "pm_1", "payment_method.attached", customer="cus_alpha", type="card")
+    world.wait(hours=1)
+    world.put("payment_method", card, "payment_method.updated", customer=None)
+    world.close(world.dispute(session, 100, payment_intent=None), "won")
+    ledger.now = world.moment + DAY
+    for event in world.events:
+        payload = event.payload.replace("payment_method.updated", "payment_method.detached")
+        ledger.receive_stripe_event("default", payload)
+    settle(ledger, world)
+    assert [row for row in traces(ledger, "alpha") if "dispute" in row]
+    ledger.erase_account("alpha")
+    assert traces(ledger, "alpha") == []
+    assert_sound(ledger)
+
+
 def test_an_event_that_waits_is_given_up_with_its_person(ledger: Ledger) -> None:
     ledger.open("alpha")
     about = {"id": "cs_9", "object": "checkout.session", "mode": "payment", "payment_status": "paid",
