@@ -17,11 +17,6 @@ as $$
           select s.subscription_id
             from credits.subscriptions s where s.account_id = _stripe_ids.account_id and s.source = 'stripe'
           union all
-          select o.object_id  -- a dispute may name the charge alone
-            from credits.stripe_payments p
-            join credits.stripe_objects o on o.kind = 'charge' and o.ref = p.payment_id
-           where p.account_id = _stripe_ids.account_id
-          union all
           select c.session_id from credits.checkouts c where c.account_id = _stripe_ids.account_id) n (id)
    where n.id ~ '^[a-z]+_.'
 $$;
@@ -51,6 +46,11 @@ as $$
 declare
   v_ids text[] := credits._stripe_ids(_erase_stripe.account_id);
 begin
+  v_ids := v_ids || array(  -- refunds and disputes name the payment or the charge alone
+    select o.object_id
+      from credits.stripe_objects o
+     where o.kind in ('charge', 'payment_intent')
+       and (o.ref = any (v_ids) or credits._mentions(o.snapshot::text, v_ids, _erase_stripe.account_id)));
   update credits.stripe_objects o
      set snapshot = credits._bare(o.snapshot), previous = null
    where (o.object_id = any (v_ids) or o.ref = any (v_ids)  -- a card that was detached no longer names its customer
