@@ -233,11 +233,9 @@ as $$
     from (select credits.revoke_grant(g.account_id, g.grant_id, g.remaining, null,
                                       concat_ws(':', 'erase', g.grant_id, g.times)) as result
             from (select l.*, e.times
-                    from credits.grants l
-                    left join credits.erasures e on e.account_id = l.account_id
+                    from credits.grants l left join credits.erasures e on e.account_id = l.account_id
                    where l.account_id = _forfeit.account_id and l.status in ('pending', 'active') and l.remaining > 0
-                   order by l.grant_id
-                  offset 0) g) r
+                   order by l.grant_id offset 0) g) r
 $$;
 
 create or replace function credits._close_account(account_id text)
