@@ -51,18 +51,8 @@ stable
 security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  v_run credits.stripe_reconciliations;
 begin
-  select r.* into v_run
-    from credits.stripe_reconciliations r
-   where r.run_id = get_reconciliation.run_id or get_reconciliation.run_id is null
-   order by r.run_id desc
-   limit 1;
-  if not found then
-    perform credits._fail(404, 'reconciliation_not_found', jsonb_build_object('run_id', get_reconciliation.run_id));
-  end if;
-  return credits._reconciliation(v_run);
+  return credits._reconciliation(credits._run_of(get_reconciliation.run_id));
 end $$;
 comment on function credits.get_reconciliation(bigint) is
 'How a run of reconcile_stripe() stands, by default the latest.
@@ -84,7 +74,7 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_run credits.reconciliation_result := credits.get_reconciliation(list_stripe_gaps.run_id);
+  v_run credits.stripe_reconciliations := credits._run_of(list_stripe_gaps.run_id);
 begin
   perform credits._check_rows(list_stripe_gaps.max_rows, 'max_rows');
   perform credits._check_word(list_stripe_gaps.state, 'state', '{open,repairing,repaired,arrived,failed,foreign}');
@@ -105,6 +95,25 @@ amount is in the minor unit of currency. Page on with after = the last object_id
 Errors: 400 invalid_request, 404 reconciliation_not_found.';
 
 -- A run -------------------------------------------------------------------------------------------------------------
+
+create or replace function credits._run_of(run_id bigint)
+returns credits.stripe_reconciliations
+language plpgsql
+stable
+as $$
+declare
+  v_run credits.stripe_reconciliations;
+begin
+  select r.* into v_run
+    from credits.stripe_reconciliations r
+   where r.run_id = _run_of.run_id or _run_of.run_id is null
+   order by r.run_id desc
+   limit 1;
+  if not found then
+    perform credits._fail(404, 'reconciliation_not_found', jsonb_build_object('run_id', _run_of.run_id));
+  end if;
+  return v_run;
+end $$;
 
 -- In the order of this list: a refund is known by the payment that a session or an invoice has made known.
 create or replace function credits._request_page(
@@ -196,9 +205,10 @@ returns void
 language plpgsql
 as $$
 declare
-  v_gap    text := credits._gap_in(_note_gap.kind, _note_gap.object);
-  v_mends  boolean := (_note_gap.run).repair and v_gap <> 'purchase_differs' and credits._turned_away(_note_gap.object) is null
-                      and (_note_gap.kind = 'refund' or not credits._is_foreign(_note_gap.kind, _note_gap.object));
+  v_gap     text := credits._gap_in(_note_gap.kind, _note_gap.object);
+  v_account text := credits._account_in(_note_gap.kind, _note_gap.object);
+  v_mends   boolean := (_note_gap.run).repair and v_gap <> 'purchase_differs' and credits._turned_away(_note_gap.object) is null
+                       and (_note_gap.kind = 'refund' or not credits._is_foreign(_note_gap.kind, _note_gap.object, v_account));
 begin
   insert into credits.stripe_gaps (run_id, kind, object_id, gap, object, request_id, found_at)
   select (_note_gap.run).run_id, _note_gap.kind, _note_gap.object ->> 'id', v_gap, credits._without_secrets(_note_gap.object),

@@ -33,8 +33,20 @@ begin
   v_refund := credits._shape_refund(_gap_in.object);
   return case when not exists (select from credits.stripe_objects o, credits._shape_refund(o.snapshot) s
                                 where o.kind = 'refund' and o.object_id = v_refund.refund_id
-                                  and s.status = v_refund.status and s.amount = v_refund.amount) then 'refund_missing' end;
+                                  and credits._stage_of_refund(s.status) >= credits._stage_of_refund(v_refund.status)
+                                  and s.amount = v_refund.amount) then 'refund_missing' end;
 end $$;
+
+-- A refund goes on, never back: what is known of one may be later than the list in which it was found.
+create or replace function credits._stage_of_refund(status text)
+returns integer
+language sql
+immutable
+as $$
+  select case when _stage_of_refund.status in ('failed', 'canceled') then 3
+              when _stage_of_refund.status = 'succeeded'            then 2
+              else                                                       1 end
+$$;
 
 create or replace function credits._is_fact(
   kind text,
@@ -78,16 +90,18 @@ begin
      limit 1));
 end $$;
 
--- Nothing says that it is ours: several products may share one account at Stripe.
+-- Nothing says that it is ours, and no account is found: several products may share one account at Stripe.
+drop function if exists credits._is_foreign(text, jsonb);
 create or replace function credits._is_foreign(
-  kind   text,
-  object jsonb
+  kind       text,
+  object     jsonb,
+  account_id text
 )
 returns boolean
 language sql
 stable
 as $$
-  select credits._account_in(_is_foreign.kind, _is_foreign.object) is null
+  select _is_foreign.account_id is null
          and (_is_foreign.kind = 'refund' or (credits._shape_owner(_is_foreign.object)).account_id is null
                                              and (credits._shape_session(_is_foreign.object)).package is null)
 $$;
@@ -108,7 +122,8 @@ as $$
     from credits.stripe_endpoints e
 $$;
 
--- How the gaps of a run stand now.
+-- How the gaps of a run stand now, in order. That takes a millisecond each: the offsets see to it that it is computed once, and of
+-- no more than are asked for.
 create or replace function credits._gaps(run_id bigint)
 returns setof credits.stripe_gap_result
 language sql
@@ -121,16 +136,18 @@ as $$
          x.account_id, coalesce(credits._whole(g.object -> 'amount_total'), credits._whole(g.object -> 'amount_paid'),
                                 credits._whole(g.object -> 'amount')),
          lower(g.object ->> 'currency'), g.request_id, credits._moment(g.object -> 'created'), g.found_at
-    from credits.stripe_gaps g
-    left join credits.stripe_requests r on r.request_id = g.request_id,
-         lateral (select credits._account_in(g.kind, g.object), credits._gap_in(g.kind, g.object) is null) x (account_id, closed),
-         lateral (select case when credits._is_foreign(g.kind, g.object)                     then 'foreign'
-                              when x.closed and g.request_id is not null                     then 'repaired'
-                              when x.closed                                                  then 'arrived'
-                              when r.state in ('queued', 'sent')                             then 'repairing'
-                              when g.request_id is not null                                  then 'failed'
-                              else                                                                'open' end) s (state)
-   where g.run_id = _gaps.run_id
+    from (select n.* from credits.stripe_gaps n where n.run_id = _gaps.run_id order by n.object_id offset 0) g
+    left join lateral (select q.state, q.error_code, q.error_type
+                         from credits.stripe_requests q where q.request_id = g.request_id offset 0) r on true,
+         lateral (select credits._account_in(g.kind, g.object), credits._gap_in(g.kind, g.object) is null
+                  offset 0) x (account_id, closed),
+         lateral (select case when credits._is_foreign(g.kind, g.object, x.account_id) then 'foreign'
+                              when x.closed and g.request_id is not null               then 'repaired'
+                              when x.closed                                            then 'arrived'
+                              when r.state in ('queued', 'sent')                       then 'repairing'
+                              when g.request_id is not null                            then 'failed'
+                              else                                                          'open' end
+                  offset 0) s (state)
 $$;
 
 create or replace function credits._reconciliation(run credits.stripe_reconciliations)

@@ -46,9 +46,15 @@ as $$
 declare
   v_ids text[] := credits._stripe_ids(_erase_stripe.account_id);
 begin
+  v_ids := v_ids || array(  -- refunds and disputes name the payment or the charge alone
+    select o.object_id
+      from credits.stripe_objects o
+     where o.kind in ('charge', 'payment_intent')
+       and (o.ref = any (v_ids) or credits._mentions(o.snapshot::text, v_ids, _erase_stripe.account_id)));
   update credits.stripe_objects o
      set snapshot = credits._bare(o.snapshot), previous = null
-   where (o.object_id = any (v_ids) or credits._mentions(o.snapshot::text, v_ids, _erase_stripe.account_id))
+   where (o.object_id = any (v_ids) or o.ref = any (v_ids)  -- a card that was detached no longer names its customer
+          or credits._mentions(o.snapshot::text, v_ids, _erase_stripe.account_id))
      and (o.previous is not null or o.snapshot <> credits._bare(o.snapshot));
   get diagnostics objects = row_count;
   update credits.stripe_gaps g

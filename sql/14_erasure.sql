@@ -224,17 +224,18 @@ begin
   end if;
 end $$;
 
+-- A dispute that is won, or a refund that fails, after the first time brings credits back, which are taken again.
 create or replace function credits._forfeit(account_id text)
 returns numeric
 language sql
 as $$
   select coalesce(sum(-(r.result).amount), 0)
-    from (select credits.revoke_grant(g.account_id, g.grant_id, g.remaining, null, 'erase:' || g.grant_id) as result
-            from (select l.*
-                    from credits.grants l
+    from (select credits.revoke_grant(g.account_id, g.grant_id, g.remaining, null,
+                                      concat_ws(':', 'erase', g.grant_id, g.times)) as result
+            from (select l.*, e.times
+                    from credits.grants l left join credits.erasures e on e.account_id = l.account_id
                    where l.account_id = _forfeit.account_id and l.status in ('pending', 'active') and l.remaining > 0
-                   order by l.grant_id
-                  offset 0) g) r
+                   order by l.grant_id offset 0) g) r
 $$;
 
 create or replace function credits._close_account(account_id text)

@@ -91,7 +91,7 @@ as $$
   select t.section, t.code, 'product', concat_ws(':', t.section, t.code, 'product'), coalesce(t.product_id, t.chosen_id),
          coalesce(t.product_id = t.chosen_id, true), t.on_sale,
          case when t.shared then '{}' when not t.on_sale then '{"active": false}'
-              else jsonb_strip_nulls(jsonb_build_object('name', t.name, 'description', t.description, 'active', true,
+              else jsonb_strip_nulls(jsonb_build_object('name', t.name, 'description', nullif(t.description, ''), 'active', true,
                                                         'metadata', jsonb_build_object(t.section, t.code))) end, null
     from things t
    where t.on_sale or t.product_id is not null
@@ -108,6 +108,7 @@ as $$
          s.stripe_price_id, false, false, '{"active": false}', null
     from credits.sold_prices s
    where s.retired_at is not null
+     and s.stripe_price_id not in (select p.price_id from prices p where p.price_id is not null)  -- a document may go back to it
 $$;
 
 -- Differences ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,57 @@ def test_again_erases_what_came_since_and_takes_nothing_twice(ledger: Ledger) ->
     assert_sound(ledger)
     ledger.now += 181 * DAY
     assert ledger.repeat_erasures() == 0
+
+
+def test_what_no_longer_names_its_customer_is_erased_too(ledger: Ledger) -> None:
+    """A card that was detached, and a dispute that names a charge alone."""
+    world = Telling(chatty=True)
+    world.acting = "alpha"
+    prepare(ledger, "alpha")
+    session = world.buy("alpha")
+    card = world.put("payment_method", "pm_1", "payment_method.attached", customer="cus_alpha", type="card")
+    world.wait(hours=1)
+    world.put("payment_method", card, "payment_method.updated", customer=None)
+    world.close(world.dispute(session, 100, payment_intent=None), "won")
+    world.acts[-1].events = [
+        replace(event, payload=event.payload.replace("payment_method.updated", "payment_method.detached"))
+        for event in world.events
+    ]
+    tell(ledger, world)
+    assert [row for row in traces(ledger, "alpha") if "dispute" in row]
+    ledger.erase_account("alpha")
+    assert traces(ledger, "alpha") == []
+    assert_sound(ledger)
+
+
+def test_credits_that_come_back_later_are_taken_again(ledger: Ledger) -> None:
+    """A dispute that is won, and a refund that fails: the weekly job failed on them, and nobody was erased anew."""
+    world = World(chatty=True)
+    prepare(ledger, "alpha", "beta")
+    disputed, refunded = world.buy("alpha"), world.buy("alpha")
+    dispute, refund = world.dispute(disputed, 300), world.refund(refunded, 200)
+    tell(ledger, world)
+    ledger.erase_account("beta")
+    assert ledger.erase_account("alpha").forfeited == 1500
+    for late in ("won", "failed", "nothing"):
+        world.wait(days=7)
+        if late == "won":
+            world.close(dispute, "won")
+        elif late == "failed":
+            world.fail_refund(refund)
+        tell(ledger, world)
+        assert ledger.repeat_erasures() == 2
+        assert ledger.get_balance("alpha").balance == 0
+        assert_sound(ledger)
+    assert ledger.erase_account("alpha").forfeited == 2000
+
+
+def tell(ledger: Ledger, world: World) -> None:
+    """All that has happened has come, and what was asked for is answered."""
+    ledger.now = world.moment + DAY
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    settle(ledger, world)
 
 
 def test_an_event_that_waits_is_given_up_with_its_person(ledger: Ledger) -> None:

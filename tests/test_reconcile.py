@@ -123,6 +123,48 @@ def test_a_gap_that_the_event_closes_has_arrived(ledger: Ledger) -> None:
     assert (ledger.get_reconciliation().repaired, ledger.get_reconciliation().remaining) == (1, 0)
 
 
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_refund_that_goes_on_after_it_was_listed_has_arrived(ledger: Ledger, repair: bool) -> None:
+    world = World(chatty=True)
+    bought = world.buy("alpha")
+    refund = world.refund(bought, 500, status="pending")
+    ledger.now = world.moment + MINUTE
+    ledger.reconcile_stripe(since=world.moment - DAY, repair=repair)
+    for _ in range(3):  # three lists, of which the last one has it
+        answer(ledger, world)
+    assert (refund, "refund_missing") in {(name, gap) for name, gap, _ in gaps(ledger)}
+    world.wait(hours=5)
+    world.put("refund", refund, "refund.updated", status="succeeded")
+    ledger.now = world.moment + MINUTE
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    settle(ledger, world)
+    assert {name: state for name, _, state in gaps(ledger)}[refund] == ("repaired" if repair else "arrived")
+    assert ledger.get_reconciliation().remaining == 0
+    assert run(ledger, world).found == 0
+    world.put("refund", refund, status="failed")
+    assert (run(ledger, world).found, gaps(ledger)) == (1, [(refund, "refund_missing", "open")])
+
+
+def test_no_more_gaps_are_looked_into_than_are_shown(ledger: Ledger) -> None:
+    """Each costs a millisecond, and of an account of Stripe's that others share there may be thousands."""
+    run(ledger, World())
+    ledger.change(
+        "insert into credits.stripe_gaps (run_id, kind, object_id, gap, object, found_at) "
+        "select r.run_id, 'checkout.session', 'cs_' || i, 'purchase_missing', jsonb_build_object('id', 'cs_' || i), "
+        "credits.now() from credits.stripe_reconciliations r, generate_series(101, 400) i"
+    )
+    ledger.change("create temp sequence looks")
+    ledger.change(
+        "create or replace function credits._gap_in(kind text, object jsonb) returns text language sql as "
+        "$$ select 'purchase_missing' where nextval('pg_temp.looks') > 0 $$"
+    )
+    shown = ledger.list_stripe_gaps(max_rows=10, after="cs_299")
+    assert [gap.object_id for gap in shown] == [f"cs_{number}" for number in range(300, 310)]
+    with ledger.as_owner():
+        assert ledger.query("select last_value as looks from looks") == [(10,)]
+
+
 def test_objects_of_others_are_told_as_such(ledger: Ledger) -> None:
     world = World()
     world.put(

@@ -259,6 +259,32 @@ def what_is_not_sold_is_deactivated(database: Database, ledger: Ledger, fake: St
 
 
 @ONE_ENGINE
+def test_a_document_may_go_back_to_an_old_price(database: Database, ledger: Ledger, fake: StripeFake) -> None:
+    """It names the ids that were written back: publishing activated that price and then deactivated it, each time."""
+    publish(database, ledger, fake)
+    first = package(ledger).stripe_price_id
+    change(ledger, "packages", "starter", price=1299)
+    publish(database, ledger, fake)
+    assert not fake.objects[first]["active"]
+    change(ledger, "packages", "starter", stripe_price_id=first, stripe_product_id="pgc_package_starter")
+    assert publish(database, ledger, fake) == [("package:starter:price", "price_archived", "update")]
+    assert fake.objects[first]["active"]
+    assert (package(ledger).stripe_price_id, ledger.stripe_catalog_differences()) == (first, [])
+    change(ledger, "packages", "starter", active=False, stripe_price_id=first, stripe_product_id="pgc_package_starter")
+    publish(database, ledger, fake)
+    assert not fake.objects[first]["active"]
+    assert publish(database, ledger, fake) == []
+
+
+def test_an_empty_description_is_none(ledger: Ledger) -> None:
+    change(ledger, "packages", "starter", description="", stripe_product_id="prod_1")
+    product = {"id": "prod_1", "object": "product", "active": True, "name": "Starter", "description": None,
+               "metadata": {"package": "starter"}}  # fmt: skip
+    ledger.tell("product.created", product)
+    assert [row for row in ledger.stripe_catalog_differences() if row.ref == "package:starter:product"] == []
+
+
+@ONE_ENGINE
 def test_an_interrupted_run_ends_the_same_when_it_is_run_again(
     database: Database, ledger: Ledger, fake: StripeFake
 ) -> None:
