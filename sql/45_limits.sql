@@ -162,8 +162,9 @@ begin
        and (l.capability is null or (_limits.use).capability is null or l.capability = (_limits.use).capability);
 end $$;
 
--- What a window of the calendar counts. A hold that has run out counts no more, even if nobody has booked that yet; such
--- ones are after due_at. The row is of a later window if the clock was set back: then the usages are counted.
+-- What a window of the calendar counts. A hold that has run out counts no more but for what was captured, as
+-- _close_usage() books it, even if nobody has booked that yet; such ones are after due_at. The row is of a later window if
+-- the clock was set back: then the usages are counted.
 create or replace function credits._calendar_use(
   account_id text,
   capability text,
@@ -192,7 +193,8 @@ as $$
              from credits._recounted(w, p.since, p.until) n
             where w.window_start > p.since) c on true
     left join lateral (
-           select sum(case _calendar_use.measure when 'units' then u.counted_units else u.counted_credits end) as used
+           select sum(case when _calendar_use.measure = 'credits' then r.amount - r.captured
+                           when r.captured = 0 then u.counted_units end) as used
              from credits.reservations r
              join credits.usages u on u.account_id = r.account_id and u.usage_id = r.reservation_id
             where r.account_id = _calendar_use.account_id and r.status = 'open'
