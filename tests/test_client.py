@@ -286,8 +286,8 @@ def test_any_exception_gives_the_hold_back(given: Connection[Any], shop: Ledger)
         with pytest.raises(kind) as caught, pgcredits.usage(given, "alpha", "chapter", 1200) as u:
             raise error
         assert caught.value is error
-        assert u.released
-        assert (u.released.status, u.released.released) == (status(shop, u.usage_id), 120) == ("released", 120)
+        released: Any = u.released
+        assert (released.status, released.released, status(shop, u.usage_id)) == ("released", 120, "released")
     assert shop.sums() == (500, 0, 500, 0)
 
 
