@@ -107,7 +107,8 @@ as $$
          coalesce(sum(u.counted_units) filter (where (_recounted.counted).capability <> ''), 0),
          coalesce(sum(u.counted_credits), 0)
     from credits.usages u
-   where u.account_id = (_recounted.counted).account_id and u.authorized_at >= _recounted.since and u.authorized_at < _recounted.until
+   where u.account_id = (_recounted.counted).account_id
+     and u.authorized_at >= _recounted.since and u.authorized_at < _recounted.until
      and (_recounted.counted).capability || '/' || (_recounted.counted).period = any (u.counted_in)
 $$;
 
