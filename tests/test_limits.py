@@ -499,6 +499,26 @@ def test_parallel_calls_at_a_limit_admit_exactly_as_many(database: Database, nam
         assert_sound(ledger)
 
 
+def test_parallel_calls_after_the_clock_was_set_back_admit_exactly_as_many(database: Database) -> None:
+    clock = "create or replace function credits.now() returns timestamptz language sql as $$ select timestamptz '{}' $$"
+    with committed(database) as ledger:
+        for at, begun in (("2030-01-31 23:59Z", 3), ("2030-02-01 00:01Z", 5), ("2030-01-31 23:58Z", 0)):
+            ledger.change(clock.format(at))
+            if not ledger.table("accounts"):
+                offer(ledger, {"calls": 7, "per": "month"})
+            for number in range(begun):
+                call(ledger, usage_id=f"{at} {number}")
+
+        def job(number: int) -> Callable[[Ledger], Any]:
+            return lambda one: one.authorize_usage("alpha", "chapter", 1, usage_id=f"u{number}")
+
+        results = together(database, [job(number) for number in range(12)])
+        assert sum(isinstance(one, CreditsError) for one in results) == 12 - (7 - 3)
+        ledger.change(clock.format("2030-02-01 00:02Z"))
+        assert used(ledger) == [5]
+        assert_sound(ledger)
+
+
 def test_limits_of_an_account_that_does_not_exist(ledger: Ledger) -> None:
     with refused(404, "account_not_found"):
         ledger.get_limits("nobody")
