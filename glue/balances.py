@@ -55,6 +55,7 @@ def read(file: str) -> list[Line]:
 
 def _lines(source: TextIO, name: str) -> Iterator[Line]:
     reader = csv.reader(source, strict=True)
+    wrong = []  # told together, or each run would tell of one more
     try:
         header = [column.strip() for column in next(reader, [])]
         _check_header(header, name)
@@ -62,11 +63,14 @@ def _lines(source: TextIO, name: str) -> Iterator[Line]:
         for values in reader:
             if any(values):
                 if len(values) != len(header):
-                    raise BalancesError(f"{name}:{begins}: {len(values)} values, but {len(header)} columns")
-                yield Line(begins, dict(zip(header, (value.strip() for value in values), strict=True)))
+                    wrong.append(f"{name}:{begins}: {len(values)} values, but {len(header)} columns")
+                else:
+                    yield Line(begins, dict(zip(header, (value.strip() for value in values), strict=True)))
             begins = reader.line_num + 1
     except csv.Error as error:
-        raise BalancesError(f"{name}:{reader.line_num}: {error}") from error
+        wrong.append(f"{name}:{reader.line_num}: {error}")
+    if wrong:
+        raise BalancesError("\n".join(wrong))
 
 
 def _check_header(header: list[str], name: str) -> None:

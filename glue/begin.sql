@@ -5,7 +5,7 @@ set transaction isolation level read committed;
 set local statement_timeout = 0;
 set local lock_timeout = 0;
 set local quote_all_identifiers = off;
-select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('pgcredits.deploy', 0));
+do $$ begin perform pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended('pgcredits.deploy', 0)); end $$;
 
 -- What a deploy may wait for running traffic: whoever comes after us waits for us.
 set local lock_timeout = '30s';

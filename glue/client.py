@@ -215,6 +215,10 @@ class _Usage(Generic[Source]):
         over = _status(self._conn) in {TransactionStatus.IDLE, TransactionStatus.INERROR}
         return self._open or (self._joined and over and not self._unknown)
 
+    def _given_back(self, row: Row) -> None:
+        """Keep the answer. A settle that was answered before was undone, or nothing could have been released."""
+        self.settled, self.released = None, _result(Released, row)
+
     def _try_again(self, error: Exception) -> bool:
         """Whether a renewal that failed may succeed later: a refusal is final."""
         if self._open:
@@ -326,7 +330,8 @@ class Usage(_Usage[Connection[Any] | ConnectionPool[Any]]):
     def _give_back(self, reason: str) -> None:
         try:
             with self._given() if self._usable() else self._beside() as conn:
-                _call(conn, "release", self._hold(reason=reason), LOCK_WAIT)
+                row = _call(conn, "release", self._hold(reason=reason), LOCK_WAIT)
+            self._given_back(row)
         except Exception as error:  # noqa: BLE001 - the body's own exception must go on, whatever happens here
             self._complain("release", error)
 
@@ -426,7 +431,8 @@ class AsyncUsage(_Usage[AsyncConnection[Any] | AsyncConnectionPool[Any]]):
     async def _give_back(self, reason: str) -> None:
         try:
             async with self._given() if await self._usable() else self._beside() as conn:
-                await _call_async(conn, "release", self._hold(reason=reason), LOCK_WAIT)
+                row = await _call_async(conn, "release", self._hold(reason=reason), LOCK_WAIT)
+            self._given_back(row)
         except Exception as error:  # noqa: BLE001 - the body's own exception must go on, whatever happens here
             self._complain("release", error)
 

@@ -40,7 +40,8 @@ as $$
                    or g.fingerprint -> 'priority' <> to_jsonb(g.priority) end
 $$;
 
--- What each member has used in the present month, counted anew. Months that are over are not kept.
+-- What each member has used in the present month, counted anew. Months that are over are not kept, nor is the present one
+-- where the clock was set back.
 create or replace function credits._audit_members(account_id text)
 returns setof credits.audit_finding
 language plpgsql
@@ -55,7 +56,8 @@ begin
                               'entries_month', c.month_start, 'entries_used', c.month_used)
       from credits._members_counted(_audit_members.account_id, v_now) c
       join credits.members m on m.account_id = c.account_id and m.member_id = c.member_id
-     where case m.month_start when c.month_start then m.month_used else 0 end <> c.month_used;
+     where m.month_start <= c.month_start
+       and case m.month_start when c.month_start then m.month_used else 0 end <> c.month_used;
 end $$;
 
 create or replace function credits._audit_histories()

@@ -2,7 +2,8 @@
 -- Keeps: N calls at the same time at a limit of k admit k, since the caller holds the lock of the account; what is counted is
 -- the usages that were not given back, and audit() recounts it.
 
--- Counts a use in every window that limits it, and answers with their names.
+-- Counts a use in every window that limits it, and answers with their names. A row is the latest window that anything was
+-- used in: if the clock is set back over its beginning it stays, and the window before it is counted by whoever looks.
 create or replace function credits._count_use(
   use credits.use,
   at  timestamptz
@@ -29,16 +30,16 @@ begin
            calls   = excluded.calls   + case when w.window_start = excluded.window_start then w.calls   else 0 end,
            units   = excluded.units   + case when w.window_start = excluded.window_start then w.units   else 0 end,
            credits = excluded.credits + case when w.window_start = excluded.window_start then w.credits else 0 end
-    returning w.capability || '/' || w.period as name
+     where w.window_start <= excluded.window_start
   ), admitted as (
     insert into credits.usage_admissions (account_id, capability, admitted_at, number)
     select v_use.account_id, s.capability, greatest(_count_use.at, a.admitted_at), coalesce(a.number, 0) + 1
       from (select distinct l.capability from limited l where l.rolling) s
       left join lateral credits._last_admission(v_use.account_id, s.capability) a on true
-    returning capability || '/rolling' as name
   )
-  select coalesce(array_agg(n.name), '{}') into v_into
-    from (select c.name from counted c union all select a.name from admitted a) n;
+  select coalesce(array_agg(distinct l.capability || '/' || case when l.rolling then 'rolling' else l.period end), '{}')
+    into v_into
+    from limited l;
   if v_into && array['/rolling', v_use.capability || '/rolling'] then
     perform credits._forget_admissions(v_use.account_id, s.capability, _count_use.at)
        from (values (''), (v_use.capability)) s (capability);
@@ -91,9 +92,11 @@ begin
 end $$;
 
 -- A window as its usages say.
+drop function if exists credits._recounted(credits.usage_windows, timestamptz);
 create or replace function credits._recounted(
   counted credits.usage_windows,
-  since   timestamptz
+  since   timestamptz,
+  until   timestamptz default 'infinity'
 )
 returns setof credits.usage_windows
 language sql
@@ -104,11 +107,12 @@ as $$
          coalesce(sum(u.counted_units) filter (where (_recounted.counted).capability <> ''), 0),
          coalesce(sum(u.counted_credits), 0)
     from credits.usages u
-   where u.account_id = (_recounted.counted).account_id and u.authorized_at >= _recounted.since
+   where u.account_id = (_recounted.counted).account_id
+     and u.authorized_at >= _recounted.since and u.authorized_at < _recounted.until
      and (_recounted.counted).capability || '/' || (_recounted.counted).period = any (u.counted_in)
 $$;
 
--- In another time zone the windows are others.
+-- In another time zone the windows are others. What was used while the clock was ahead may be in one that is yet to come.
 create or replace function credits._move_windows(
   account_id text,
   time_zone  text,
@@ -120,7 +124,11 @@ as $$
   update credits.usage_windows w
      set window_start = n.window_start, calls = n.calls, units = n.units, credits = n.credits
     from credits.usage_windows o,
-         lateral credits._recounted(o, credits._window(o.period, _move_windows.at, _move_windows.time_zone)) n
+         lateral (select max(u.authorized_at) as at
+                    from credits.usages u
+                   where u.account_id = o.account_id and o.capability || '/' || o.period = any (u.counted_in)) u,
+         lateral credits._recounted(
+           o, credits._window(o.period, greatest(u.at, _move_windows.at), _move_windows.time_zone)) n
    where o.account_id = _move_windows.account_id and w.account_id = o.account_id and w.capability = o.capability
      and w.period = o.period
 $$;

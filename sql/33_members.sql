@@ -147,7 +147,8 @@ end $$;
 -- Helpers --------------------------------------------------------------------------------------------------------------
 
 -- The members of an account as they are at a moment: in its month, and without the holds that have run out by then but
--- are not booked. Part of the plan of whoever calls it, if the moment is a variable.
+-- are not booked. Their row is of a later month if the clock was set back: then the entries are counted. Part of the plan of
+-- whoever calls it, if the moment is a variable.
 create or replace function credits._members_at(
   account_id text,
   at         timestamptz
@@ -157,14 +158,16 @@ language sql
 stable
 as $$
   select m.account_id, m.member_id, m.role, m.monthly_limit, m.created_at, m.active, n.month_start,
-         case when m.month_start <> n.month_start then 0
-              when b.next_due_at > _members_at.at then m.month_used
-              else trim_scale(m.month_used - coalesce((
-                     select sum(r.amount - r.captured)
-                       from credits.reservations r
-                      where r.account_id = m.account_id and r.member_id = m.member_id and r.status = 'open'
-                        and r.expires_at between b.next_due_at and _members_at.at
-                        and credits._window('month', r.created_at, a.time_zone) = n.month_start), 0)) end
+         trim_scale(case when m.month_start = n.month_start then m.month_used
+                         when m.month_start < n.month_start then 0
+                         else (select c.month_used
+                                 from credits._members_counted(m.account_id, _members_at.at, m.member_id) c) end
+                    - case when b.next_due_at > _members_at.at then 0 else coalesce((
+                        select sum(r.amount - r.captured)
+                          from credits.reservations r
+                         where r.account_id = m.account_id and r.member_id = m.member_id and r.status = 'open'
+                           and r.expires_at between b.next_due_at and _members_at.at
+                           and credits._window('month', r.created_at, a.time_zone) = n.month_start), 0) end)
     from credits.accounts a
     join credits.balances b on b.account_id = a.account_id
     join credits.members m on m.account_id = a.account_id,

@@ -162,8 +162,9 @@ begin
        and (l.capability is null or (_limits.use).capability is null or l.capability = (_limits.use).capability);
 end $$;
 
--- What a window of the calendar counts. A hold that has run out counts no more, even if nobody has booked that yet; such
--- ones are after due_at.
+-- What a window of the calendar counts. A hold that has run out counts no more but for what was captured, as
+-- _close_usage() books it, even if nobody has booked that yet; such ones are after due_at. The row is of a later window if
+-- the clock was set back: then the usages are counted.
 create or replace function credits._calendar_use(
   account_id text,
   capability text,
@@ -177,22 +178,29 @@ returns setof credits.window_use
 language sql
 stable
 as $$
-  select coalesce(case _calendar_use.measure when 'calls' then w.calls when 'units' then w.units else w.credits end, 0)
+  select coalesce(case _calendar_use.measure when 'calls' then c.calls when 'units' then c.units else c.credits end, 0)
          - case when _calendar_use.measure = 'calls' then 0 else coalesce(x.used, 0) end,
-         credits._window_end(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone)
-    from (select) one
+         p.until
+    from (select credits._window(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone) as since,
+                 credits._window_end(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone) as until) p
     left join credits.usage_windows w
       on w.account_id = _calendar_use.account_id and w.capability = _calendar_use.capability
      and w.period = _calendar_use.period
-     and w.window_start = credits._window(_calendar_use.period, _calendar_use.at, _calendar_use.time_zone)
     left join lateral (
-           select sum(case _calendar_use.measure when 'units' then u.counted_units else u.counted_credits end) as used
+           select w.calls, w.units, w.credits where w.window_start = p.since
+            union all
+           select n.calls, n.units, n.credits
+             from credits._recounted(w, p.since, p.until) n
+            where w.window_start > p.since) c on true
+    left join lateral (
+           select sum(case when _calendar_use.measure = 'credits' then r.amount - r.captured
+                           when r.captured = 0 then u.counted_units end) as used
              from credits.reservations r
              join credits.usages u on u.account_id = r.account_id and u.usage_id = r.reservation_id
             where r.account_id = _calendar_use.account_id and r.status = 'open'
               and r.expires_at between _calendar_use.due_at and _calendar_use.at
               and _calendar_use.capability || '/' || _calendar_use.period = any (u.counted_in)
-              and u.authorized_at >= w.window_start) x on _calendar_use.due_at <= _calendar_use.at
+              and u.authorized_at >= p.since) x on _calendar_use.due_at <= _calendar_use.at
 $$;
 
 -- What a rolling window counts: the calls from its first one to the last. Enough of them must leave it.

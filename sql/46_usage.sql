@@ -46,7 +46,7 @@ begin
 
   v_use := credits._decide(v_balance, v_request, authorize_usage.account_id);
   if v_use.gate is not null then
-    perform credits._fail(v_use.status, v_use.code, v_use.detail, credits._gate_hint(v_use.gate));
+    perform credits._fail(v_use.status, v_use.code, v_use.detail, credits._gate_hint(v_use.gate, v_use.detail));
   end if;
   v_hold := credits._reserve(authorize_usage.account_id, v_use.amount, authorize_usage.usage_id,
     coalesce(authorize_usage.ttl, '15 minutes'), null, null, authorize_usage.subject, authorize_usage.member_id,
@@ -160,12 +160,18 @@ as $$
   select jsonb_populate_record(null::credits.usage_result, (_replayed.usage).result || '{"replayed": true}')
 $$;
 
-create or replace function credits._gate_hint(gate text)
+drop function if exists credits._gate_hint(text);
+create or replace function credits._gate_hint(
+  gate   text,
+  detail jsonb
+)
 returns text
 language sql
 immutable
 as $$
-  select case _gate_hint.gate
+  select case case when (_gate_hint.detail ->> 'required')::numeric > (_gate_hint.detail ->> 'limit')::numeric
+                   then 'never' else _gate_hint.gate end
+           when 'never'        then 'The limit in detail.limit is less than this use takes, so that waiting does not help.'
            when 'account'      then 'The account may not use credits in this status.'
            when 'subscription' then 'The subscription allows no use in this state.'
            when 'plan'         then 'One of the plans in detail.plans includes it.'

@@ -286,7 +286,8 @@ def test_any_exception_gives_the_hold_back(given: Connection[Any], shop: Ledger)
         with pytest.raises(kind) as caught, pgcredits.usage(given, "alpha", "chapter", 1200) as u:
             raise error
         assert caught.value is error
-        assert status(shop, u.usage_id) == "released"
+        released: Any = u.released
+        assert (released.status, released.released, status(shop, u.usage_id)) == ("released", 120, "released")
     assert shop.sums() == (500, 0, 500, 0)
 
 
@@ -323,6 +324,7 @@ def test_a_failed_transaction_is_no_obstacle(plain: Connection[Any], shop: Ledge
         plain.execute("insert into chapters (body) values ('lost')")
         u.settle(1000)
         plain.execute("select 1 / 0")
+    assert (u.settled, bool(u.released)) == (None, True)  # the charge was undone
     assert shop.sums() == (500, 0, 500, 0)
 
 

@@ -134,20 +134,22 @@ BROKEN = {
     "key,account_id,amount,credit\n": ":1: there can be no column credit; known are",
     "key,key,account_id,amount\n": ":1: given twice is key; known are",
     "key,account_id,amount\n1,alpha,5\n2,alpha\n": ":3: 2 values, but 3 columns",
+    "key,account_id,amount\n1,alpha,5,6\n2,alpha,5\n3\n": ":2: 4 values, but 3 columns\n{file}:4: 1 values, but",
     'key,account_id,amount\n1,"al"pha,5\n': ":2: ",
 }
 
 
 def test_a_file_that_is_broken_is_refused_whole(tmp_path: Path) -> None:
+    file = str(tmp_path / "a.csv")
     for text, complaint in BROKEN.items():
-        (tmp_path / "a.csv").write_text(text)
+        Path(file).write_text(text)
         with pytest.raises(balances.BalancesError) as caught:
-            balances.read(str(tmp_path / "a.csv"))
-        assert str(caught.value).startswith(f"{tmp_path / 'a.csv'}{complaint}")
-    (tmp_path / "a.csv").write_bytes(b"\xff\xfe")
-    for file, complaint in ((tmp_path / "a.csv", "is not a text in UTF-8"), (tmp_path / "none.csv", "cannot be read")):
+            balances.read(file)
+        assert str(caught.value).startswith(f"{file}{complaint}".replace("{file}", file))
+    Path(file).write_bytes(b"\xff\xfe")
+    for broken, complaint in ((file, "is not a text in UTF-8"), (str(tmp_path / "none.csv"), "cannot be read")):
         with pytest.raises(balances.BalancesError, match=complaint):
-            balances.read(str(file))
+            balances.read(broken)
 
 
 def test_the_move_from_an_existing_handler(ledger: Ledger) -> None:

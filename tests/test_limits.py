@@ -211,6 +211,66 @@ def test_a_time_zone_that_changes_gives_nothing_anew(ledger: Ledger) -> None:
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("period", LENGTHS)
+def test_a_clock_that_is_set_back_over_a_boundary_gives_nothing_anew(ledger: Ledger, period: str) -> None:
+    offer(ledger, {"calls": 3, "per": period}, everywhere=({"credits": 100, "per": "month"},))
+    before, after = datetime(2030, 1, 31, 23, 59, 59, tzinfo=UTC), datetime(2030, 2, 1, 0, 0, 1, tzinfo=UTC)
+    counted = {before: 0, after: 0}
+    ledger.now = before
+    for at, admitted in ((before, 2), (after, 1), (before, 1), (after, 1), (before, 0), (after, 1), (before, 0)):
+        ledger.now = at
+        assert [row.used for row in ledger.get_limits("alpha")] == [counted[at]] * 2
+        calls(ledger, admitted)
+        counted[at] += admitted
+        if counted[at] == 3:
+            assert not ledger.check_access("alpha", "chapter", 1).allowed
+            with ledger.unchanged(), refused(429, "rate_limited", used=3):
+                call(ledger)
+        assert_sound(ledger)
+    ledger.set_time_zone("alpha", "Europe/Berlin")
+    assert_sound(ledger)
+
+
+def test_what_ends_while_the_clock_is_set_back_counts_in_its_own_window(ledger: Ledger) -> None:
+    offer(ledger, {"units": 100, "per": "month"})
+    before, after = datetime(2030, 1, 31, 23, 50, tzinfo=UTC), datetime(2030, 2, 1, 0, 10, tzinfo=UTC)
+    ledger.now = before
+    settled = call(ledger, 40, ttl=HOUR)
+    ledger.now = after
+    later = call(ledger, 50)
+    ledger.now = before + MINUTE
+    left = call(ledger, 30, ttl=5 * MINUTE)
+    ledger.settle_usage("alpha", settled, 45)
+    assert used(ledger) == [75]
+    with refused(429, "monthly_cap_reached", used=75, required=26, resets_at="2030-02-01T00:00:00+00:00"):
+        call(ledger, 26)
+    ledger.release("alpha", later)
+    ledger.now += 5 * MINUTE
+    assert used(ledger) == [45]  # what is left has run out, and is not booked
+    assert_sound(ledger)
+    ledger.book()
+    assert used(ledger) == [45]
+    call(ledger, 55)
+    assert_sound(ledger)
+    ledger.now = after
+    assert used(ledger) == [0]
+    assert ledger.settle_usage("alpha", left, 10).late
+    assert used(ledger) == [0]
+    assert_sound(ledger)
+
+
+def test_a_time_zone_set_while_the_clock_is_set_back_gives_nothing_anew(ledger: Ledger) -> None:
+    offer(ledger, {"calls": 2, "per": "day"})
+    calls(ledger, 2)
+    ledger.now -= DAY
+    ledger.set_time_zone("alpha", "Europe/Berlin")
+    assert used(ledger) == [0]
+    ledger.now += DAY
+    with refused(429, "rate_limited"):
+        call(ledger)
+    assert_sound(ledger)
+
+
 def test_all_windows_must_have_room(ledger: Ledger) -> None:
     offer(ledger, {"calls": 2, "per": "minute"}, {"calls": 3, "per": "day", "rolling": True})
     calls(ledger, 2)
@@ -243,6 +303,13 @@ def test_nothing_is_admitted_at_a_limit_of_zero(ledger: Ledger) -> None:
     with ledger.unchanged(), refused(429, "rate_limited", limit=0, used=0):
         call(ledger)
     assert not ledger.check_access("alpha", "chapter", 1).allowed
+
+
+@pytest.mark.parametrize("limit", [{"calls": 0, "rolling": True}, {"calls": 0}, {"units": 100}, {"credits": 100}])
+def test_nobody_is_told_to_wait_where_that_does_not_help(ledger: Ledger, limit: Json) -> None:
+    offer(ledger, {"per": "month", **limit})
+    with pytest.raises(CreditsError, match="waiting does not help"):
+        call(ledger, 101)
 
 
 @pytest.mark.parametrize(("measure", "cap"), [("units", 100), ("credits", 100)])
@@ -345,6 +412,16 @@ def test_a_hold_that_runs_out_gives_its_credits_back_and_stays_a_call(ledger: Le
     assert_sound(ledger)
 
 
+def test_what_was_captured_of_a_hold_that_runs_out_stays_used(ledger: Ledger) -> None:
+    offer(ledger, {"units": 100, "per": "month"}, {"credits": 100, "per": "month"})
+    ledger.capture("alpha", call(ledger, 70), 20, key="c")
+    ledger.now += 15 * MINUTE
+    assert sorted(used(ledger)) == [20, 70]
+    assert not ledger.check_access("alpha", "chapter", 31).allowed
+    ledger.book()
+    assert sorted(used(ledger)) == [20, 70]
+
+
 def test_what_is_released_after_its_window_changes_the_next_one_nothing(ledger: Ledger) -> None:
     offer(ledger, {"calls": 1, "per": "minute"}, {"calls": 2, "per": "minute", "rolling": True})
     first = call(ledger)
@@ -419,6 +496,26 @@ def test_parallel_calls_at_a_limit_admit_exactly_as_many(database: Database, nam
         results = together(database, [*more, *(job(number) for number in range(100, 112))])
         again = [one for one in results if getattr(one, "usage_id", None)]
         assert len(again) <= len(more)
+        assert_sound(ledger)
+
+
+def test_parallel_calls_after_the_clock_was_set_back_admit_exactly_as_many(database: Database) -> None:
+    clock = "create or replace function credits.now() returns timestamptz language sql as $$ select timestamptz '{}' $$"
+    with committed(database) as ledger:
+        for at, begun in (("2030-01-31 23:59Z", 3), ("2030-02-01 00:01Z", 5), ("2030-01-31 23:58Z", 0)):
+            ledger.change(clock.format(at))
+            if not ledger.table("accounts"):
+                offer(ledger, {"calls": 7, "per": "month"})
+            for number in range(begun):
+                call(ledger, usage_id=f"{at} {number}")
+
+        def job(number: int) -> Callable[[Ledger], Any]:
+            return lambda one: one.authorize_usage("alpha", "chapter", 1, usage_id=f"u{number}")
+
+        results = together(database, [job(number) for number in range(12)])
+        assert sum(isinstance(one, CreditsError) for one in results) == 12 - (7 - 3)
+        ledger.change(clock.format("2030-02-01 00:02Z"))
+        assert used(ledger) == [5]
         assert_sound(ledger)
 
 

@@ -137,6 +137,34 @@ def test_what_the_name_used_before_it_was_added_counts(ledger: Ledger) -> None:
         ledger.use(30, member_id="m2")
 
 
+def test_a_clock_that_is_set_back_over_the_months_end_gives_nothing_anew(ledger: Ledger) -> None:
+    before, after = datetime(2030, 1, 31, 23, 50, tzinfo=UTC), datetime(2030, 2, 1, 0, 10, tzinfo=UTC)
+    ledger.now = before
+    ledger.use(50, member_id="m1")
+    ledger.now = after
+    ledger.use(30, member_id="m1")
+    ledger.now = before + MINUTE
+    assert used(ledger) == 50
+    ledger.reserve("alpha", 20, "left", ttl=5 * MINUTE, member_id="m1")
+    ledger.spend("alpha", 25, key="s", member_id="m1")
+    with ledger.unchanged():
+        with refused(429, "member_limit_reached", used=95, required=6):
+            ledger.use(6, member_id="m1")
+        (answer,) = ledger.spend_many([{"account_id": "alpha", "amount": 6, "key": "k", "member_id": "m1"}])
+        assert answer.code == "member_limit_reached"
+    assert_sound(ledger)
+    ledger.refund_spend("alpha", "s", amount=5, key="f")
+    assert used(ledger) == 90
+    ledger.now += 5 * MINUTE
+    assert used(ledger) == 70  # the hold has run out, and is not booked
+    ledger.book()
+    assert used(ledger) == 70
+    assert_sound(ledger)
+    ledger.now = after
+    assert used(ledger) == 30
+    ledger.use(70, member_id="m1")
+
+
 def test_what_the_name_used_last_month_does_not(ledger: Ledger) -> None:
     ledger.use(7, member_id="m2")
     ledger.reserve("alpha", 30, "r", member_id="m2", ttl="24 hours")

@@ -284,7 +284,8 @@ def test_one_file_installs_with_psql_alone(empty_database: Database, database: D
     assert printed.returncode == 0, printed.stderr
     file.write_text(printed.stdout)
     psql = ("psql", "--no-psqlrc", "--quiet", "-f", str(file), "--dbname", empty_database.dsn)
-    assert empty_database.program(*psql).stderr == ""
+    said = empty_database.program(*psql)
+    assert (said.stdout, said.stderr) == ("", "")
     assert empty_database.dump() == database.dump()
     again = empty_database.program(*psql, check=False)
     assert again.returncode != 0
