@@ -17,8 +17,8 @@ CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; 
 def apply(file: CatalogFile, dsn: Dsn = "") -> None:
     """Make the catalogue what a document says, wholly or not at all, and print what that changed.
 
-    Months of plans that have begun are booked first, by the catalogue under which they began. Afterwards accounts whose plan
-    got other credits are brought up to date. Both a batch at a time.
+    Months of plans that have begun are booked first, by the catalogue under which they began. Afterwards accounts
+    whose plan got other credits are brought up to date. Both a batch at a time.
     """
     document = catalog.read(file)
     with connected(dsn, autocommit=True) as conn:
