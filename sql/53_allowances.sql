@@ -46,6 +46,9 @@ begin
     perform credits._claw_slice(_grant_slice.account_id, v_slice);
   end if;
   perform credits._roll_over(_grant_slice.account_id, _grant_slice.subscription_id, _grant_slice.period_start);
+  if _grant_slice.expires_at <= _grant_slice.at then  -- it comes after its time: what is left of it goes on as well
+    perform credits._roll_over(_grant_slice.account_id, _grant_slice.subscription_id, _grant_slice.expires_at);
+  end if;
   return credits._effect('grant', _grant_slice.account_id, v_grant.amount, jsonb_build_object('key', _grant_slice.key));
 end $$;
 

@@ -637,6 +637,31 @@ def test_what_comes_back_after_the_month_rolls_over_too(ledger: Ledger, how: str
 
 
 @pytest.mark.parametrize("plan", ["all", "cap"])
+@pytest.mark.parametrize("how", ["release", "run out", "refund", "silence"])
+def test_what_comes_back_months_later_rolls_over_from_each_to_the_next(ledger: Ledger, how: str, plan: str) -> None:
+    """It ended with the first of them: a read found it after a silence, and a booking did not."""
+    ledger.set_setting("reservation_max_age", "100 days")
+    ledger.open_account("alpha", plan=plan)
+    ledger.now = HALF
+    ledger.spend("alpha", 30, key="spent")
+    ledger.reserve("alpha", 60, "r", ttl=70 * DAY)
+    for month in MONTHS[: 0 if how == "silence" else 2]:
+        ledger.now = month
+        ledger.book()
+    came = 30 if how == "refund" else 60
+    if how == "refund":
+        ledger.refund_spend("alpha", "spent", key="back")
+    elif how == "release":
+        ledger.release("alpha", "r")
+    else:
+        ledger.now = HALF + 70 * DAY
+    seen = ledger.available()
+    ledger.book()
+    assert seen == ledger.available() == (210 + came if plan == "all" else 210 + min(came, 40))
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("plan", ["all", "cap"])
 def test_what_rolls_over_is_one_grant_however_many_it_was(ledger: Ledger, plan: str) -> None:
     ledger.open_account("alpha", plan=plan)
     for number, month in enumerate(MONTHS, start=1):
