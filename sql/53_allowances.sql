@@ -195,10 +195,12 @@ as $$
 $$;
 
 -- Of lines that are longer than a month. The first slice comes with the invoice. Ids of lines that do not begin with il_, as
--- all did before 2019-12-03, come again on the next invoice.
+-- all did before 2019-12-03, come again on the next invoice. since: also those that ended after that moment.
+drop function if exists credits._wanted_of_lines(text, timestamptz);
 create or replace function credits._wanted_of_lines(
   account_id text,
-  at         timestamptz
+  at         timestamptz,
+  since      timestamptz default null
 )
 returns setof credits.wanted_slice
 language sql
@@ -215,7 +217,7 @@ as $$
      and (t.may_receive and not u.collection_paused
           or t.terminal and s.period_start <= _wanted_of_lines.at)  -- it had begun before the end, which became known first
      and s.period_start < least(coalesce(u.ended_at, 'infinity'), coalesce(u.cancel_at, 'infinity'))
-     and s.slice > 0 and s.period_end > _wanted_of_lines.at
+     and s.slice > 0 and s.period_end > coalesce(_wanted_of_lines.since, _wanted_of_lines.at)
      and (s.period_start <= _wanted_of_lines.at or s.previous_start <= _wanted_of_lines.at)
      and not credits._is_refunded('invoice', a.invoice_id)
 $$;

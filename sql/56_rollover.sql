@@ -171,44 +171,22 @@ as $$
      and p.period_end = _unspent.ends
 $$;
 
--- Holds of months before the present one that have run out: more of these months rolls over than was booked, from each to the
--- next as far as there is one.
+-- Holds of months before the present one that have run out: more of these months rolls over than was booked.
 drop function if exists credits._returned_late(credits.balances, credits.subscriptions, timestamptz);
 create or replace function credits._returned_late(
   subscription credits.subscriptions,
   freed        credits.freed_slice[]
 )
 returns numeric
-language plpgsql
+language sql
 stable
 as $$
-declare
-  v_sub   credits.subscriptions := _returned_late.subscription;
-  v_back  timestamptz[] := array(select b.ended_at from credits._back_from(v_sub, _returned_late.freed) b (ended_at));
-  v_month record;
-  v_until timestamptz;  -- the end of the month before
-  v_carry numeric := 0;
-begin
-  for v_month in
-    select p.period_start, min(p.period_end) filter (where p.allowance_id <> 'rollover') as period_end, n.rollover_cap,
-           coalesce(sum(g.amount) filter (where p.allowance_id = 'rollover'), 0) as carried
-      from credits.plan_grants p
-      join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
-      join credits.plans n on n.code = v_sub.plan and n.rollover <> 'none'
-     where p.account_id = v_sub.account_id and p.subscription_id = v_sub.subscription_id
-       and p.period_start between v_back[1] and v_sub.period_start and g.status <> 'pending' and g.kind = 'plan'
-     group by p.period_start, n.rollover_cap
-     order by p.period_start
-  loop
-    v_carry := case when v_until <> v_month.period_start then 0 else v_carry end;
-    if v_carry > 0 or v_month.period_start = any (v_back) then
-      v_carry := greatest(0, least(v_carry + credits._unspent(v_sub, v_month.period_start, _returned_late.freed),
-                                   v_month.rollover_cap) - v_month.carried);
-    end if;
-    v_until := v_month.period_end;
-  end loop;
-  return case v_until when v_sub.period_end then v_carry else 0 end;
-end $$;
+  select coalesce((
+    select c.remaining
+      from (select (_returned_late.subscription).*) s,
+           lateral credits._carried(_returned_late.subscription, _returned_late.freed, '{}', 'infinity', s.period_start) c
+     where c.expires_at = s.period_end), 0)
+$$;
 
 -- The ends of the months of which holds have come back, the first one first.
 create or replace function credits._back_from(

@@ -16,6 +16,8 @@ from ledger_support import DAY, HOUR, MINUTE, NOON, SECOND, TICK, Ledger, assert
 from psycopg import Connection
 from servers import Database
 from stripe_params import problems
+from stripe_world import World, settle
+from stripe_world import prepare as prepare_shop
 
 PLANS = """
   insert into credits.plans (code, name, monthly_credits, rollover, rollover_cap, stripe_price_ids) values
@@ -659,6 +661,47 @@ def test_what_comes_back_months_later_rolls_over_from_each_to_the_next(ledger: L
     ledger.book()
     assert seen == ledger.available() == (210 + came if plan == "all" else 210 + min(came, 40))
     assert_sound(ledger)
+
+
+@pytest.mark.parametrize("silence", [27, 29, 70, 100, 400])
+@pytest.mark.parametrize("debt", [0, 1250])
+@pytest.mark.parametrize(("cap", "price"), [(None, "year"), (1500, "year"), (None, "basic")])
+def test_what_rolls_over_in_a_subscription_of_stripe_is_read_as_it_is_booked(
+    conn: Connection[Any], silence: int, debt: int, cap: int | None, price: str
+) -> None:
+    """Until a job came, balances lacked what had rolled over into months of a year, and what was on hold."""
+    ledger = Ledger(conn)
+    prepare_shop(ledger, "alpha")
+    ledger.change(
+        "update credits.plans set rollover = %s, rollover_cap = %s where code = %s", "cap" if cap else "all", cap, price
+    )
+    world = World()
+    subscription = world.subscribe("alpha", price)
+    deliver(ledger, world)
+    ledger.use(100)
+    if debt:
+        bought = ledger.grant(debt, priority=1)
+        ledger.use(debt)
+    ledger.now = NOON + 27 * DAY + 20 * HOUR
+    ledger.reserve("alpha", 300, "r", ttl=10 * HOUR)
+    if debt:
+        ledger.revoke_grant("alpha", bought.grant_id, key="back")
+    if price == "basic":
+        world.renew(subscription)
+        deliver(ledger, world)
+    ledger.now = max(ledger.now, NOON + silence * DAY)
+    seen = ledger.get_balance("alpha")
+    ledger.book()
+    assert ledger.get_balance("alpha")._replace(entry_seq=0) == seen._replace(entry_seq=0)
+    assert_sound(ledger)
+
+
+def deliver(ledger: Ledger, world: World) -> None:
+    """What Stripe tells, when it happens."""
+    for event in world.events:
+        ledger.now = max(ledger.now, datetime.fromtimestamp(event.created, UTC))
+        ledger.receive_stripe_event("default", event.payload)
+        settle(ledger, world, patience=timedelta(0))
 
 
 @pytest.mark.parametrize("plan", ["all", "cap"])
