@@ -41,8 +41,8 @@ begin
               from (select n.* from credits.grants n where n.status = 'active'
                     union all
                     select n.* from credits.balances b  -- on hold since before their grant ended
-                      join credits.grants n on n.account_id = b.account_id and n.status not in ('pending', 'active') and n.held > 0
-                     where b.held > 0) g
+                      join credits.grants n on n.account_id = b.account_id
+                     where b.held > 0 and n.held > 0 and n.status not in ('pending', 'active')) g
              group by g.kind
             union all
             select 'pgcredits_subscriptions', s.state, count(*) from credits.subscriptions s group by s.state) c

@@ -74,11 +74,12 @@ select g.kind::text as kind, g.cost_currency as currency, count(*) as grants, tr
   from (select n.* from credits.grants n where n.status in ('pending', 'active')
         union all
         select n.* from credits.balances b  -- what a hold has of a grant that ended may still be charged
-          join credits.grants n on n.account_id = b.account_id and n.status not in ('pending', 'active') and n.held > 0
-         where b.held > 0) g
+          join credits.grants n on n.account_id = b.account_id
+         where b.held > 0 and n.held > 0 and n.status not in ('pending', 'active')) g
  group by g.kind, g.cost_currency;
 comment on view credits.report_liability is
-  'Every month: credits owed to customers, by kind, and their share of what was paid: deferred revenue. Reads live grants and all balances.';
+  'Every month: credits owed to customers, by kind, and their share of what was paid: deferred revenue. Reads live grants '
+  'and balances.';
 
 create or replace view credits.report_breakage as
 select date_trunc('month', e.created_at at time zone 'UTC')::date as month, g.kind::text as kind, g.cost_currency as currency,
