@@ -167,7 +167,9 @@ begin
     select null, m.kind, m.scope, m.expires_at, m.remaining, m.held
       from credits._silent_month(_lots_at.balance, _lots_at.at) m
     union all
-    select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r;
+    select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r
+    union all
+    select l.* from credits._rolled_over_lines(_lots_at.balance, _lots_at.at) l;
 end $$;
 
 -- The present months of an account's plans that nobody has booked, less what they pay of a debt.
@@ -206,7 +208,13 @@ as $$
   select m.*
     from (select w.* from credits._wanted_slices((_silent_months.balance).account_id, _silent_months.at) w
           union all
-          select o.* from credits._missed_months((_silent_months.balance).account_id, _silent_months.at) o) m
+          select o.* from credits._missed_months((_silent_months.balance).account_id, _silent_months.at) o
+          union all
+          select l.*
+            from credits.accounts a,
+                 lateral credits._wanted_of_lines(a.account_id, _silent_months.at, (_silent_months.balance).next_due_at) l
+           where a.account_id = (_silent_months.balance).account_id and a.status <> 'closed' and l.amount > 0
+             and l.period_end <= _silent_months.at) m
    where m.period_start between (_silent_months.balance).next_due_at and _silent_months.at
      and not exists (select from credits.grants g
                       where g.account_id = (_silent_months.balance).account_id and g.key = m.key)

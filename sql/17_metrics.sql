@@ -38,8 +38,11 @@ begin
       from (select b.name, b.label, b.value from credits._count_balances(v_now) b
             union all
             select 'pgcredits_credits_unspent', g.kind::text, sum(g.remaining + g.held)
-              from credits.grants g
-             where g.status = 'active'
+              from (select n.* from credits.grants n where n.status = 'active'
+                    union all
+                    select n.* from credits.balances b  -- on hold since before their grant ended
+                      join credits.grants n on n.account_id = b.account_id
+                     where b.held > 0 and n.held > 0 and n.status not in ('pending', 'active')) g
              group by g.kind
             union all
             select 'pgcredits_subscriptions', s.state, count(*) from credits.subscriptions s group by s.state) c
@@ -282,7 +285,7 @@ as $$
     ('pgcredits_credits_balance',   null,     'Credits on all accounts, as booked.'),
     ('pgcredits_credits_held',      null,     'Credits that reservations hold.'),
     ('pgcredits_credits_debt',      null,     'Credits that are owed.'),
-    ('pgcredits_credits_unspent',   'kind',   'Credits of live grants that are not used.'),
+    ('pgcredits_credits_unspent',   'kind',   'Credits that are not used; of grants that ended those on hold.'),
     ('pgcredits_reservations_open', null,     'Reservations that are open and not run out.'),
     ('pgcredits_subscriptions',     'state',  'Subscriptions.')
   )

@@ -71,11 +71,15 @@ select g.kind::text as kind, g.cost_currency as currency, count(*) as grants, tr
        round(sum(g.cost * (g.remaining + g.held) / g.amount), 2) as cost,
        trim_scale(sum(g.remaining + g.held) filter (where g.cost is null)) as credits_without_cost,
        trim_scale(sum(g.remaining + g.held) filter (where g.expires_at < now() + interval '30 days')) as expire_in_30_days
-  from credits.grants g
- where g.status in ('pending', 'active')
+  from (select n.* from credits.grants n where n.status in ('pending', 'active')
+        union all
+        select n.* from credits.balances b  -- what a hold has of a grant that ended may still be charged
+          join credits.grants n on n.account_id = b.account_id
+         where b.held > 0 and n.held > 0 and n.status not in ('pending', 'active')) g
  group by g.kind, g.cost_currency;
 comment on view credits.report_liability is
-  'Every month: credits owed to customers, by kind, and their share of what was paid: deferred revenue. Reads live grants.';
+  'Every month: credits owed to customers, by kind, and their share of what was paid: deferred revenue. Reads live grants '
+  'and balances.';
 
 create or replace view credits.report_breakage as
 select date_trunc('month', e.created_at at time zone 'UTC')::date as month, g.kind::text as kind, g.cost_currency as currency,

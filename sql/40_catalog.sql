@@ -21,6 +21,10 @@ that it has is the whole truth: what it does not name is removed, or deactivated
 been in force is never edited, a new one follows it. dry_run says what would change and changes nothing. change is added,
 changed, removed, deactivated or ended; before and after are the values at path. DETAIL of invalid_catalog has all problems,
 each with its path.
+
+Months of our own plans that have begun and are not booked yet are worth what the catalogue says when they are booked. Where
+jobs may have stood still for a month, call grant_plan_credits() first, until it says 0, and when a plan got other credits
+initialize_plan_credits() afterwards; `pgcredits catalog apply` does both.
 Errors: 400 invalid_catalog.';
 
 create or replace function credits.get_catalog()

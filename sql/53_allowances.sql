@@ -46,6 +46,9 @@ begin
     perform credits._claw_slice(_grant_slice.account_id, v_slice);
   end if;
   perform credits._roll_over(_grant_slice.account_id, _grant_slice.subscription_id, _grant_slice.period_start);
+  if _grant_slice.expires_at <= _grant_slice.at then  -- it comes after its time: what is left of it goes on as well
+    perform credits._roll_over(_grant_slice.account_id, _grant_slice.subscription_id, _grant_slice.expires_at);
+  end if;
   return credits._effect('grant', _grant_slice.account_id, v_grant.amount, jsonb_build_object('key', _grant_slice.key));
 end $$;
 
@@ -192,10 +195,12 @@ as $$
 $$;
 
 -- Of lines that are longer than a month. The first slice comes with the invoice. Ids of lines that do not begin with il_, as
--- all did before 2019-12-03, come again on the next invoice.
+-- all did before 2019-12-03, come again on the next invoice. since: also those that ended after that moment.
+drop function if exists credits._wanted_of_lines(text, timestamptz);
 create or replace function credits._wanted_of_lines(
   account_id text,
-  at         timestamptz
+  at         timestamptz,
+  since      timestamptz default null
 )
 returns setof credits.wanted_slice
 language sql
@@ -212,7 +217,7 @@ as $$
      and (t.may_receive and not u.collection_paused
           or t.terminal and s.period_start <= _wanted_of_lines.at)  -- it had begun before the end, which became known first
      and s.period_start < least(coalesce(u.ended_at, 'infinity'), coalesce(u.cancel_at, 'infinity'))
-     and s.slice > 0 and s.period_end > _wanted_of_lines.at
+     and s.slice > 0 and s.period_end > coalesce(_wanted_of_lines.since, _wanted_of_lines.at)
      and (s.period_start <= _wanted_of_lines.at or s.previous_start <= _wanted_of_lines.at)
      and not credits._is_refunded('invoice', a.invoice_id)
 $$;

@@ -171,7 +171,7 @@ as $$
      and p.period_end = _unspent.ends
 $$;
 
--- Holds of the month before the present one that have run out: more of that month rolls over than was booked.
+-- Holds of months before the present one that have run out: more of these months rolls over than was booked.
 drop function if exists credits._returned_late(credits.balances, credits.subscriptions, timestamptz);
 create or replace function credits._returned_late(
   subscription credits.subscriptions,
@@ -182,19 +182,26 @@ language sql
 stable
 as $$
   select coalesce((
-    select greatest(0, least(credits._unspent(_returned_late.subscription, s.period_start, _returned_late.freed),
-                             n.rollover_cap)
-                       - coalesce((select sum(g.amount)
-                                     from credits.plan_grants p
-                                     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
-                                    where p.account_id = s.account_id and p.subscription_id = s.subscription_id
-                                      and p.period_start = s.period_start and p.allowance_id = 'rollover'), 0))
-      from (select (_returned_late.subscription).*) s
-      join credits.plans n on n.code = s.plan and n.rollover <> 'none'
-     where credits._granted_for(_returned_late.subscription)
-       and exists (select from unnest(_returned_late.freed) d
-                     join credits.plan_grants p on p.account_id = s.account_id and p.grant_id = d.grant_id
-                    where p.period_end = s.period_start and d.returned and d.amount > d.paid)), 0)
+    select c.remaining
+      from (select (_returned_late.subscription).*) s,
+           lateral credits._carried(_returned_late.subscription, _returned_late.freed, '{}', 'infinity', s.period_start) c
+     where c.expires_at = s.period_end), 0)
+$$;
+
+-- The ends of the months of which holds have come back, the first one first.
+create or replace function credits._back_from(
+  subscription credits.subscriptions,
+  freed        credits.freed_slice[]
+)
+returns setof timestamptz
+language sql
+stable
+as $$
+  select distinct p.period_end
+    from unnest(_back_from.freed) d
+    join credits.plan_grants p on p.account_id = (_back_from.subscription).account_id and p.grant_id = d.grant_id
+   where p.subscription_id = (_back_from.subscription).subscription_id and d.returned and d.amount > d.paid
+   order by p.period_end
 $$;
 
 -- A grant has started or ended at its time: if a subscription made it, the next slice is planned, refunds of what paid for it

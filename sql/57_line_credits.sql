@@ -167,3 +167,99 @@ begin
   end if;
   return v_plan_says;
 end $$;
+
+-- What has rolled over into the present months of subscriptions of Stripe, as far as nobody has booked it: their lines may be
+-- longer than a month, and what was on hold comes back after the next month was paid.
+create or replace function credits._rolled_over_lines(
+  balance credits.balances,
+  at      timestamptz
+)
+returns setof credits.lot
+language plpgsql
+stable
+as $$
+declare
+  v_sub   credits.subscriptions;
+  v_freed credits.freed_slice[];
+begin
+  if (_rolled_over_lines.balance).next_due_at > _rolled_over_lines.at then
+    return;
+  end if;
+  for v_sub in
+    select s.*
+      from credits.subscriptions s
+      join credits.plans p on p.code = s.plan and p.rollover <> 'none'
+      join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed'
+     where s.account_id = (_rolled_over_lines.balance).account_id and s.source = 'stripe'
+  loop
+    v_freed := coalesce(v_freed, array(select d from credits._freed_at(_rolled_over_lines.balance, _rolled_over_lines.at) d));
+    return query
+      select c.*
+        from credits._carried(v_sub, v_freed, array(
+               select w from credits._silent_months(_rolled_over_lines.balance, _rolled_over_lines.at) w
+                where w.subscription_id = v_sub.subscription_id and w.kind = 'plan'),
+               (_rolled_over_lines.balance).next_due_at, _rolled_over_lines.at) c
+       where c.remaining > 0 and c.expires_at > _rolled_over_lines.at;
+  end loop;
+end $$;
+
+-- What rolls over into the last month of a subscription by a moment and is not booked: from each month to the next, beginning
+-- with the first of which a hold has come back, or that began when more was due, with what nobody has booked of them.
+create or replace function credits._carried(
+  subscription credits.subscriptions,
+  freed        credits.freed_slice[],
+  silent       credits.wanted_slice[],
+  due_at       timestamptz,
+  at           timestamptz
+)
+returns credits.lot
+language plpgsql
+stable
+as $$
+declare
+  v_sub   credits.subscriptions := _carried.subscription;
+  v_back  timestamptz[] := array(select b.ended_at from credits._back_from(v_sub, _carried.freed) b (ended_at));
+  v_month record;
+  v_until timestamptz;  -- the end of the month before
+  v_carry numeric := 0;
+begin
+  for v_month in
+    select m.period_start, min(m.period_end) filter (where not m.rolled) as period_end, n.rollover_cap,
+           coalesce(sum(m.amount) filter (where m.rolled), 0) as carried
+      from (select p.period_start, p.period_end, p.allowance_id = 'rollover' as rolled, g.amount
+              from credits.plan_grants p
+              join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id and g.kind = 'plan'
+             where p.account_id = v_sub.account_id and p.subscription_id = v_sub.subscription_id
+            union all
+            select w.period_start, w.period_end, false, 0 from unnest(_carried.silent) w) m
+      join credits.plans n on n.code = v_sub.plan and n.rollover <> 'none'
+     where m.period_start between least(_carried.due_at, v_back[1]) and _carried.at
+     group by m.period_start, n.rollover_cap
+     order by m.period_start
+  loop
+    v_carry := case v_until when v_month.period_start then v_carry else 0 end;
+    if v_carry > 0 or v_month.period_start >= _carried.due_at or v_month.period_start = any (v_back) then
+      v_carry := v_carry + credits._unspent(v_sub, v_month.period_start, _carried.freed)
+                 + credits._unspent_silent(_carried.silent, v_month.period_start, _carried.freed);
+      v_carry := greatest(0, least(v_carry, v_month.rollover_cap) - v_month.carried);
+    end if;
+    v_until := v_month.period_end;
+  end loop;
+  return row(null, 'plan', null, v_until, v_carry, 0)::credits.lot;
+end $$;
+
+-- What is left of months that nobody has booked and that end at a boundary.
+create or replace function credits._unspent_silent(
+  silent credits.wanted_slice[],
+  ends   timestamptz,
+  freed  credits.freed_slice[]
+)
+returns numeric
+language sql
+stable
+as $$
+  select coalesce(sum(w.amount - coalesce(d.paid, 0)), 0)
+    from unnest(_unspent_silent.silent) w
+    left join unnest(_unspent_silent.freed) d on d.month_key = w.key
+   where w.period_end = _unspent_silent.ends
+$$;

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import stop_clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger_support import committed
+from ledger_support import DAY, NOON, Ledger, assert_sound, committed
 from servers import ONE_ENGINE, Database
 
 from pgcredits import catalog, cli
@@ -108,6 +109,32 @@ def test_accounts_get_what_their_plan_says_now(run: Run, database: Database) -> 
         assert (code, printed.splitlines()[-1]) == (0, "Accounts brought to the credits that their plan says now: 2.")
         assert {ledger.available("alpha"), ledger.available("beta")} == {20}
     assert run("apply", "-", text=plans.replace("0}", "20}")) == (0, "Nothing to change.\n", "")
+
+
+def test_months_that_nobody_has_booked_are_those_of_the_catalogue_that_they_began_under(
+    run: Run, database: Database
+) -> None:
+    """Of three months without a job only the second was there, as a pending grant; the third came with what is new."""
+    plans = "plans: {pro: {name: Pro, monthly_credits: 100, rollover: all}, free: {name: Free, monthly_credits: 7}}"
+    run("apply", "-", text=plans)
+    with database.connect(autocommit=True) as conn:
+        ledger = Ledger(conn, at=None)
+        with ledger.as_owner():
+            stop_clock(conn, NOON)
+        for name in ("alpha", "beta"):
+            ledger.open_account(name, plan="pro")
+        ledger.change_plan("beta", "free", at="period_end")
+        ledger.freeze_account("beta")
+        with ledger.as_owner():
+            stop_clock(conn, NOON + 70 * DAY)
+        assert (ledger.available("alpha"), ledger.available("beta")) == (300, 7)
+        code, printed, _ = run("apply", "-", text=plans.replace("100", "1000").replace("7", "70"))
+        assert (code, printed.splitlines()[-1]) == (0, "Accounts brought to the credits that their plan says now: 2.")
+        assert (ledger.available("alpha"), ledger.available("beta")) == (300, 7)
+        with ledger.as_owner():
+            stop_clock(conn, NOON + 95 * DAY)
+        assert (ledger.available("alpha"), ledger.available("beta")) == (1300, 70)
+        assert_sound(ledger)
 
 
 def test_an_export_reads_well(run: Run) -> None:

@@ -166,6 +166,19 @@ def test_reports_answer_for_the_service(ledger: Ledger) -> None:
     assert answers["report_failed_events"] == answers["report_unexpected_moves"] == []
 
 
+def test_what_a_hold_has_of_a_grant_that_ended_is_still_owed(ledger: Ledger) -> None:
+    """It is a part of the balance, and may be charged; reports and figures had lost it."""
+    ledger.open("alpha", 10)
+    ledger.grant(100, kind="promo", expires_at=ledger.now + HOUR)
+    ledger.reserve("alpha", 40, "r", ttl=3 * HOUR)
+    for used in (0, 15):
+        ledger.now += HOUR
+        ledger.capture("alpha", "r", used, key="c") if used else ledger.book()
+        counted = {row.label: row.value for row in ledger.rows("refresh_totals") if "unspent" in row.name}
+        owed = {row.kind: row.credits for row in ledger.query("select * from credits.report_liability")}
+        assert counted == owed == ledger.get_balance("alpha").by_kind == {"bonus": 10, "promo": 40 - used}
+
+
 def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     good = {"past_due_grace": "0 days", "stripe_event_max_attempts": 5, "dispute_freezes": "account",
             "allowed_redirect_urls": ["https://shop.example"], "low_balance_threshold": 5}  # fmt: skip

@@ -16,6 +16,8 @@ from ledger_support import DAY, HOUR, MINUTE, NOON, SECOND, TICK, Ledger, assert
 from psycopg import Connection
 from servers import Database
 from stripe_params import problems
+from stripe_world import World, settle
+from stripe_world import prepare as prepare_shop
 
 PLANS = """
   insert into credits.plans (code, name, monthly_credits, rollover, rollover_cap, stripe_price_ids) values
@@ -634,6 +636,72 @@ def test_what_comes_back_after_the_month_rolls_over_too(ledger: Ledger, how: str
         ledger.refund_spend("alpha", "spent", key="back")
     assert ledger.available() == (150 if how == "refund" else 170)
     assert_sound(ledger)
+
+
+@pytest.mark.parametrize("plan", ["all", "cap"])
+@pytest.mark.parametrize("how", ["release", "run out", "refund", "silence"])
+def test_what_comes_back_months_later_rolls_over_from_each_to_the_next(ledger: Ledger, how: str, plan: str) -> None:
+    """It ended with the first of them: a read found it after a silence, and a booking did not."""
+    ledger.set_setting("reservation_max_age", "100 days")
+    ledger.open_account("alpha", plan=plan)
+    ledger.now = HALF
+    ledger.spend("alpha", 30, key="spent")
+    ledger.reserve("alpha", 60, "r", ttl=70 * DAY)
+    for month in MONTHS[: 0 if how == "silence" else 2]:
+        ledger.now = month
+        ledger.book()
+    came = 30 if how == "refund" else 60
+    if how == "refund":
+        ledger.refund_spend("alpha", "spent", key="back")
+    elif how == "release":
+        ledger.release("alpha", "r")
+    else:
+        ledger.now = HALF + 70 * DAY
+    seen = ledger.available()
+    ledger.book()
+    assert seen == ledger.available() == (210 + came if plan == "all" else 210 + min(came, 40))
+    assert_sound(ledger)
+
+
+@pytest.mark.parametrize("silence", [27, 29, 70, 100, 400])
+@pytest.mark.parametrize("debt", [0, 1250])
+@pytest.mark.parametrize(("cap", "price"), [(None, "year"), (1500, "year"), (None, "basic")])
+def test_what_rolls_over_in_a_subscription_of_stripe_is_read_as_it_is_booked(
+    conn: Connection[Any], silence: int, debt: int, cap: int | None, price: str
+) -> None:
+    """Until a job came, balances lacked what had rolled over into months of a year, and what was on hold."""
+    ledger = Ledger(conn)
+    prepare_shop(ledger, "alpha")
+    ledger.change(
+        "update credits.plans set rollover = %s, rollover_cap = %s where code = %s", "cap" if cap else "all", cap, price
+    )
+    world = World()
+    subscription = world.subscribe("alpha", price)
+    deliver(ledger, world)
+    ledger.use(100)
+    if debt:
+        bought = ledger.grant(debt, priority=1)
+        ledger.use(debt)
+    ledger.now = NOON + 27 * DAY + 20 * HOUR
+    ledger.reserve("alpha", 300, "r", ttl=10 * HOUR)
+    if debt:
+        ledger.revoke_grant("alpha", bought.grant_id, key="back")
+    if price == "basic":
+        world.renew(subscription)
+        deliver(ledger, world)
+    ledger.now = max(ledger.now, NOON + silence * DAY)
+    seen = ledger.get_balance("alpha")
+    ledger.book()
+    assert ledger.get_balance("alpha")._replace(entry_seq=0) == seen._replace(entry_seq=0)
+    assert_sound(ledger)
+
+
+def deliver(ledger: Ledger, world: World) -> None:
+    """What Stripe tells, when it happens."""
+    for event in world.events:
+        ledger.now = max(ledger.now, datetime.fromtimestamp(event.created, UTC))
+        ledger.receive_stripe_event("default", event.payload)
+        settle(ledger, world, patience=timedelta(0))
 
 
 @pytest.mark.parametrize("plan", ["all", "cap"])

@@ -17,11 +17,15 @@ CatalogFile = Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; 
 def apply(file: CatalogFile, dsn: Dsn = "") -> None:
     """Make the catalogue what a document says, wholly or not at all, and print what that changed.
 
-    Then accounts whose plan got other credits are brought up to date, a batch at a time.
+    Months of plans that have begun are booked first, by the catalogue under which they began. Afterwards accounts
+    whose plan got other credits are brought up to date. Both a batch at a time.
     """
-    _show_changes(file, dsn, dry_run=False)
+    document = catalog.read(file)
     with connected(dsn, autocommit=True) as conn:
-        if accounts := sum(iter(partial(_initialize_plan_credits, conn), 0)):
+        _until_none(conn, "grant_plan_credits")
+    _show_changes(document, dsn, dry_run=False)
+    with connected(dsn, autocommit=True) as conn:
+        if accounts := _until_none(conn, "initialize_plan_credits"):
             print(f"Accounts brought to the credits that their plan says now: {accounts}.")
 
 
@@ -33,7 +37,7 @@ def diff(
     check: Annotated[bool, typer.Option("--check", help="Exit code 1 if anything would change.")] = False,
 ) -> None:
     """Print what applying a document would change, and change nothing."""
-    if _show_changes(file, dsn, dry_run=True) and check:
+    if _show_changes(catalog.read(file), dsn, dry_run=True) and check:
         raise typer.Exit(1)
 
 
@@ -47,14 +51,18 @@ def export(
     catalog.write(file, text)
 
 
-def _initialize_plan_credits(conn: psycopg.Connection[Any]) -> int:
-    (row,) = db.call(conn, "initialize_plan_credits")
-    accounts: int = row["initialize_plan_credits"]
+def _until_none(conn: psycopg.Connection[Any], function: str) -> int:
+    """Call a function that does a batch of accounts, until it says that none is left; how many there were."""
+    return sum(iter(partial(_batch, conn, function), 0))
+
+
+def _batch(conn: psycopg.Connection[Any], function: str) -> int:
+    (row,) = db.call(conn, function)
+    accounts: int = row[function]
     return accounts
 
 
-def _show_changes(file: str, dsn: str, *, dry_run: bool) -> bool:
-    document = catalog.read(file)
+def _show_changes(document: catalog.Document, dsn: str, *, dry_run: bool) -> bool:
     with connected(dsn) as conn:
         changes = catalog.apply(conn, document, dry_run=dry_run)
     print("\n".join(changes) or "Nothing to change.")
