@@ -139,14 +139,13 @@ class Ledger(Client):
         with self.as_owner():
             names = self.query(
                 "select c.relname as name from pg_class c where c.relnamespace = 'credits'::regnamespace "
-                "and c.relkind in ('r', 'p') order by 1"
+                "and c.relkind in ('r', 'p')"
             )
-            return {
-                name: [
-                    row.row for row in self.query(f"select to_jsonb(t)::text as row from credits.{name} t order by 1")
-                ]
-                for (name,) in names
-            }
+            tables = (f"select '{row.name}', to_jsonb(t)::text from credits.{row.name} t" for row in names)
+            rows: dict[str, list[str]] = {row.name: [] for row in names}
+            for row in self.query(f"select * from ({' union all '.join(tables)}) a (name, row) order by 1, 2"):
+                rows[row.name].append(row.row)
+            return rows
 
     @contextmanager
     def unchanged(self, *but: str) -> Iterator[None]:
