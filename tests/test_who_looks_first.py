@@ -66,9 +66,10 @@ class Work:
         ledger.open_account("alpha", plan=dice.choice(PLANS))
         plans, uses = [self.change_plan] * 3 + [self.cancel_plan, self.resume_plan], [self.spend, self.refund]
         holds = [self.reserve] * 2 + [self.settle] * 2 + [self.release, self.capture, self.extend]
+        others = [self.promise, self.owe, self.move] + [self.change_catalog] * 2
         for number in range(14):
             self.wait(dice.choice(STEPS) * dice.random())
-            happens = dice.choice([*plans, *uses, *holds, self.promise, self.owe, self.move, self.change_catalog])
+            happens = dice.choice([*plans, *uses, *holds, *others])
             try:
                 self.told.append(happens(str(number)))
             except CreditsError as refusal:  # not all of it can be had
@@ -159,7 +160,8 @@ class Work:
         """The same as catalog apply: what has begun is booked first."""
         while self.ledger.grant_plan_credits():
             pass
-        monthly, plan = self.dice.choice([0, 50, 120, 1000]), self.dice.choice(PLANS)
+        plan = self.ledger.get_subscription_state("alpha").plan or self.dice.choice(PLANS)
+        monthly = self.dice.choice([0, 50, 120, 1000])
         self.ledger.change("update credits.plans set monthly_credits = %s where code = %s", monthly, plan)
 
 
