@@ -278,8 +278,8 @@ begin
      set plan = v_turn.plan, period_start = v_turn.period_start, period_end = v_turn.period_end,
          pending_plan = v_turn.pending_plan, pending_at = v_turn.pending_at, highest_credits = v_turn.highest_credits
    where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
-  if v_turn.plan <> v_sub.plan then
+  if v_turn.plan <> v_sub.plan then  -- at its moment, however late it is booked: _plan_until() asks
     insert into credits.subscription_history (account_id, subscription_id, from_state, to_state, plan, cause, created_at)
-    values (v_sub.account_id, v_sub.subscription_id, v_sub.state, v_sub.state, v_turn.plan, 'period_end', credits.now());
+    values (v_sub.account_id, v_sub.subscription_id, v_sub.state, v_sub.state, v_turn.plan, 'period_end', v_sub.period_end);
   end if;
 end $$;

@@ -46,6 +46,26 @@ begin
   end loop;
 end $$;
 
+-- The plan of the month that ended at a moment, which says what of it rolls over, whatever plan has come since.
+create or replace function credits._plan_until(
+  subscription credits.subscriptions,
+  ends         timestamptz
+)
+returns credits.plans
+language sql
+stable
+as $$
+  select p.*
+    from (select (_plan_until.subscription).*) s
+    left join lateral (select n.plan
+                         from credits.subscription_history n
+                        where n.account_id = s.account_id and n.subscription_id = s.subscription_id and s.source = 'internal'
+                          and n.created_at < _plan_until.ends
+                        order by n.history_id desc
+                        limit 1) h on true
+    join credits.plans p on p.code = coalesce(h.plan, s.plan)
+$$;
+
 -- Unspent credits of a period that has ended come again with the next one, as far as the plan lets them: what expired at the
 -- boundary is the measure, so late bookings add to it.
 create or replace function credits._roll_over(
@@ -64,8 +84,8 @@ declare
 begin
   select p.* into v_plan
     from credits.subscriptions s
-    join credits.plans p on p.code = s.plan
-    join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed'
+    join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed',
+         lateral credits._plan_until(s, _roll_over.at) p
    where s.account_id = _roll_over.account_id and s.subscription_id = _roll_over.subscription_id and p.rollover <> 'none';
   if not found then
     return;

@@ -168,11 +168,12 @@ declare
   v_sub   credits.subscriptions := _carried.subscription;
   v_back  timestamptz[] := array(select b.ended_at from credits._back_from(v_sub, _carried.freed) b (ended_at));
   v_month record;
+  v_plan  credits.plans;
   v_until timestamptz;  -- the end of the month before
   v_carry numeric := 0;
 begin
   for v_month in
-    select m.period_start, min(m.period_end) filter (where not m.rolled) as period_end, n.rollover_cap,
+    select m.period_start, min(m.period_end) filter (where not m.rolled) as period_end,
            coalesce(sum(m.amount) filter (where m.rolled), 0) as carried
       from (select p.period_start, p.period_end, p.allowance_id = 'rollover' as rolled, g.amount
               from credits.plan_grants p
@@ -180,16 +181,17 @@ begin
              where p.account_id = v_sub.account_id and p.subscription_id = v_sub.subscription_id
             union all
             select w.period_start, w.period_end, false, 0 from unnest(_carried.silent) w) m
-      join credits.plans n on n.code = v_sub.plan and n.rollover <> 'none'
      where m.period_start between least(_carried.due_at, v_back[1]) and _carried.at
-     group by m.period_start, n.rollover_cap
+     group by m.period_start
      order by m.period_start
   loop
     v_carry := case v_until when v_month.period_start then v_carry else 0 end;
     if v_carry > 0 or v_month.period_start >= _carried.due_at or v_month.period_start = any (v_back) then
       v_carry := v_carry + credits._unspent(v_sub, v_month.period_start, _carried.freed)
                  + credits._unspent_silent(_carried.silent, v_month.period_start, _carried.freed);
-      v_carry := greatest(0, least(v_carry, v_month.rollover_cap) - v_month.carried);
+      v_plan  := credits._plan_until(v_sub, v_month.period_start);
+      v_carry := case v_plan.rollover when 'none' then 0
+                                      else greatest(0, least(v_carry, v_plan.rollover_cap) - v_month.carried) end;
     end if;
     v_until := v_month.period_end;
   end loop;

@@ -663,6 +663,26 @@ def test_what_comes_back_months_later_rolls_over_from_each_to_the_next(ledger: L
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize(("before", "after", "expected"), [("basic", "all", 100), ("all", "basic", 400), ("cap", "basic", 400)])
+def test_the_plan_of_the_month_that_ended_says_what_rolls_over(
+    ledger: Ledger, before: str, after: str, expected: int, silent: bool
+) -> None:
+    """The plan that came with the boundary was asked for what came back after it, and a read said something else."""
+    ledger.open_account("alpha", plan=before)
+    ledger.change_plan("alpha", after, at="period_end")
+    ledger.now = FEBRUARY - HOUR
+    ledger.reserve("alpha", 60, "r", ttl=2 * HOUR)
+    if not silent:
+        ledger.now = FEBRUARY
+        ledger.book()
+    ledger.now = FEBRUARY + DAY
+    seen = ledger.available()
+    ledger.book()
+    assert seen == ledger.available() == expected
+    assert_sound(ledger)
+
+
 @pytest.mark.parametrize("silence", [27, 29, 70, 100, 400])
 @pytest.mark.parametrize("debt", [0, 1250])
 @pytest.mark.parametrize(("cap", "price"), [(None, "year"), (1500, "year"), (None, "basic")])
