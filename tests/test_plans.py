@@ -664,7 +664,9 @@ def test_what_comes_back_months_later_rolls_over_from_each_to_the_next(ledger: L
 
 
 @pytest.mark.parametrize("silent", [False, True])
-@pytest.mark.parametrize(("before", "after", "expected"), [("basic", "all", 100), ("all", "basic", 400), ("cap", "basic", 400)])
+@pytest.mark.parametrize(
+    ("before", "after", "expected"), [("basic", "all", 100), ("all", "basic", 400), ("cap", "basic", 400)]
+)
 def test_the_plan_of_the_month_that_ended_says_what_rolls_over(
     ledger: Ledger, before: str, after: str, expected: int, silent: bool
 ) -> None:

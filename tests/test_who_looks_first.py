@@ -175,7 +175,7 @@ def reads(ledger: Ledger) -> None:
     ledger.get_subscription_state("alpha")
 
 
-@pytest.mark.parametrize("seed", [*range(8), 53])  # the last one: a plan that came with a boundary was asked what had ended
+@pytest.mark.parametrize("seed", [*range(8), 53])  # 53: a plan that came with a boundary was asked for what had ended
 def test_the_same_work_ends_in_the_same_books(scene: Ledger, seed: int) -> None:
     told = []
     for each_week in (None, reads, jobs):
