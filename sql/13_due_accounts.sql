@@ -141,9 +141,7 @@ exception
   when serialization_failure or deadlock_detected or lock_not_available then
     return false;
   when others then
-    perform credits._notify(_book_if_free.account_id, 'booking_failed',
-      format('booking:%s:%s', _book_if_free.account_id, (credits.now() at time zone 'UTC')::date),
-      jsonb_build_object('error', sqlerrm, 'sqlstate', sqlstate));
+    perform credits._notify_failure('booking_failed', _book_if_free.account_id, sqlerrm, sqlstate);
     return false;
 end $$;
 

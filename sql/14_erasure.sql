@@ -163,7 +163,7 @@ as $$
 declare
   v_repeated bigint;
 begin
-  select count(credits.erase_account(o.account_id)) into v_repeated
+  select count(*) filter (where credits._erased_again(o.account_id)) into v_repeated
     from (select e.account_id
             from credits.erasures e
            where e.erased_at > credits.now() - interval '180 days'
@@ -174,7 +174,8 @@ end $$;
 comment on function credits.repeat_erasures() is
 'Erases once more what came in since of the accounts that were erased in the last 180 days; answers how many.
 
-Stripe tells of refunds, disputes and the end of a customer long after. Meant for a job every week.';
+Stripe tells of refunds, disputes and the end of a customer long after. Meant for a job every week. An account on which it
+fails is passed over; the notification erasure_failed names it.';
 
 -- The job repeat_erasures.
 create or replace function credits._repeat_erasures(max_rows integer)
@@ -185,6 +186,18 @@ as $$
 $$;
 
 -- Helpers -----------------------------------------------------------------------------------------------------------
+
+create or replace function credits._erased_again(account_id text)
+returns boolean
+language plpgsql
+as $$
+begin
+  perform credits.erase_account(_erased_again.account_id);
+  return true;
+exception when others then
+  perform credits._notify_failure('erasure_failed', _erased_again.account_id, sqlerrm, sqlstate);
+  return false;
+end $$;
 
 create or replace function credits._in_use(account_id text)
 returns jsonb

@@ -36,6 +36,7 @@ with listed (kind, audience, summary) as (values
   ('refund_failed',                   'operator', 'A refund did not reach the customer.'),
   ('job_failed',                      'operator', 'A job failed.'),
   ('booking_failed',                  'operator', 'What fell due on an account cannot be booked. Once a day and account.'),
+  ('erasure_failed',                  'operator', 'What came in of an erased account cannot be erased. Once a day and account.'),
   ('audit_violation',                 'operator', 'The audit found an invariant violated. Once a day and invariant.'),
   ('stripe_gaps_found',               'operator', 'Stripe has payments or refunds that never arrived here.'),
   ('reconciliation_failed',           'operator', 'A look at what Stripe has could not be ended.'),
@@ -181,6 +182,21 @@ begin
     perform credits._address(v_told);
   end if;
 end $$;
+
+-- What a job could not do for one account, once a day: it goes on with the others.
+create or replace function credits._notify_failure(
+  type       text,
+  account_id text,
+  error      text,
+  sqlstate   text
+)
+returns void
+language sql
+as $$
+  select credits._notify(_notify_failure.account_id, _notify_failure.type,
+    concat_ws(':', _notify_failure.type, _notify_failure.account_id, (credits.now() at time zone 'UTC')::date),
+    jsonb_build_object('error', _notify_failure.error, 'sqlstate', _notify_failure.sqlstate))
+$$;
 
 -- A delivery for everybody who is to hear of it now.
 create or replace function credits._address(

@@ -116,6 +116,21 @@ def test_again_erases_what_came_since_and_takes_nothing_twice(ledger: Ledger) ->
     assert ledger.repeat_erasures() == 0
 
 
+def test_an_account_that_cannot_be_erased_does_not_keep_the_others(ledger: Ledger) -> None:
+    for account in ("alpha", "beta", "gamma"):
+        ledger.open(account, 10)
+        ledger.erase_account(account)
+    ledger.change(
+        "create function credits.refuse() returns trigger language plpgsql as $$ begin raise 'not %%', old.account_id; end $$; "
+        "create trigger refuse before update on credits.erasures for each row when (old.account_id = 'beta') "
+        "execute function credits.refuse()"
+    )
+    ledger.now += DAY
+    assert (ledger.repeat_erasures(), ledger.run_job("repeat_erasures").rows_done) == (2, 2)
+    told = ledger.table("notifications", "type = 'erasure_failed'")
+    assert [(row.account_id, row.data["error"]) for row in told] == [("beta", "not beta")]
+
+
 def test_what_no_longer_names_its_customer_is_erased_too(ledger: Ledger) -> None:
     """A card that was detached, and a dispute that names a charge alone."""
     world = Telling(chatty=True)
