@@ -94,7 +94,7 @@ as $$
   select _error_of.answer #>> array['error', _error_of.field]
 $$;
 
--- A thin notification names its object beside the event and its moment as ISO text.
+-- A thin notification names its object beside the event, its moment as ISO text, and a connected account as its context.
 create or replace function credits._shape_event(event jsonb)
 returns credits.event_shape
 language plpgsql
@@ -102,7 +102,9 @@ stable
 as $$
 begin
   return (
-    select row(e ->> 'type', e ->> 'object' = 'v2.core.event', credits._flag(e -> 'livemode'), e ->> 'api_version', e ->> 'account',
+    select row(e ->> 'type', e ->> 'object' = 'v2.core.event', credits._flag(e -> 'livemode'), e ->> 'api_version',
+               case when e ->> 'object' = 'v2.core.event' then substring(e ->> 'context' from '^acct_[A-Za-z0-9]+$')
+                    else e ->> 'account' end,
                case when jsonb_typeof(e -> 'created') = 'number' then credits._moment(e -> 'created')
                     else credits._iso_moment(e ->> 'created') end,
                coalesce(e #>> '{data,object,id}', e #>> '{related_object,id}'))::credits.event_shape

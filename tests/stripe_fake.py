@@ -212,8 +212,8 @@ class StripeFake:
         since = int(asked.pop("created", {}).get("gte", 0))
         found = [
             one for one in reversed(self.objects.values())
-            if one["object"] == kind and one.get("created", since) >= since and self.homes.get(one["id"]) == call.account
-            and all(fits(one, *wanted) for wanted in asked.items())
+            if one["object"] == kind and self.homes.get(one["id"]) == call.account
+            and one.get("created", since) >= since and all(fits(one, *wanted) for wanted in asked.items())
         ]  # fmt: skip
         first = 1 + [one["id"] for one in found].index(after) if after else 0
         page = found[first : first + min(limit, self.page)]
