@@ -208,7 +208,7 @@ begin
       from (select _shape_owner.object) x (o));
 end $$;
 
--- What an object names that Stripe could be asked about, itself first, by the account that it came from. Only places where ids of
+-- What an object names that we may ask Stripe about, itself first, by the account that it came from. Only places where ids of
 -- Stripe's own stand: what people wrote, in names and metadata, may look like one.
 create or replace function credits._shape_homes(
   object         jsonb,
@@ -227,30 +227,19 @@ as $$
            union all
            select r.kind, credits._ref(v.value)
              from (values
-                    ('customer',              '$.customer'),
-                    ('subscription',          '$.subscription'),
-                    ('subscription',          '$.parent.*.subscription'),
-                    ('subscription_schedule', '$.schedule'),
-                    ('invoice',               '$.invoice'),
-                    ('invoice',               '$.latest_invoice'),
-                    ('payment_intent',        '$.payment_intent'),
-                    ('payment_intent',        '$.payment.payment_intent'),
-                    ('charge',                '$.charge'),
-                    ('charge',                '$.latest_charge'),
-                    ('charge',                '$.payment.charge'),
-                    ('payment_method',        '$.payment_method'),
-                    ('payment_method',        '$.default_payment_method'),
-                    ('payment_method',        '$.default_source'),
-                    ('payment_method',        '$.invoice_settings.default_payment_method'),
-                    ('price',                 '$.price'),
-                    ('price',                 '$.plan'),
-                    ('price',                 '$.pricing.price_details.price'),
-                    ('product',               '$.product'),
-                    ('product',               '$.price.product'),
-                    ('product',               '$.plan.product'),
-                    ('product',               '$.pricing.price_details.product')) r (kind, path),
+                    ('customer', '$.customer'), ('subscription', '$.subscription'), ('subscription', '$.parent.*.subscription'),
+                    ('subscription_schedule', '$.schedule'), ('invoice', '$.invoice'), ('invoice', '$.latest_invoice'),
+                    ('payment_intent', '$.payment_intent'), ('payment_intent', '$.payment.payment_intent'),
+                    ('charge', '$.charge'), ('charge', '$.latest_charge'), ('charge', '$.payment.charge'),
+                    ('payment_method', '$.payment_method'), ('payment_method', '$.default_payment_method'),
+                    ('payment_method', '$.default_source'), ('payment_method', '$.invoice_settings.default_payment_method'),
+                    ('price', '$.price'), ('price', '$.plan'), ('price', '$.pricing.price_details.price'),
+                    ('product', '$.product'), ('product', '$.price.product'), ('product', '$.plan.product'),
+                    ('product', '$.pricing.price_details.product')) r (kind, path),
                   lateral jsonb_path_query(p.part, r.path::jsonpath) v (value)) n (kind, id)
-   where n.kind is not null and n.id is not null
+   where n.id is not null
+     and n.kind in ('charge', 'checkout.session', 'customer', 'dispute', 'invoice', 'payment_intent', 'payment_method', 'price',
+                    'product', 'refund', 'subscription', 'subscription_schedule')
 $$;
 
 -- What a notice makes known: its object, the customer behind it, the prices inside it.

@@ -168,6 +168,8 @@ class StripeFake:
             return error(403, "invalid_request_error", code="account_invalid", message="Access may have been revoked.")
         if wrong := invalid(call.params):
             return error(400, "invalid_request_error", code="parameter_invalid_integer", param=wrong)
+        if stranger := self._stranger(call.params, call.account):
+            return error(400, "invalid_request_error", code="resource_missing", param=stranger)
         if not found:
             return error(404, "invalid_request_error", message="Unrecognized request URL")
         if call.fault in ("402", "500 kept"):
@@ -183,12 +185,7 @@ class StripeFake:
             return 200, self._list(kind, call)
         if not about and (refused := self._conflict(call.params)):
             return refused
-        if stranger := self._stranger(call.params, call.account):
-            return error(400, "invalid_request_error", code="resource_missing", param=stranger)
-        if not about:
-            about = self._new(kind, prefix, new, call.params.get("id"))
-            if call.account:
-                self.homes[about] = call.account
+        about = about or self._new(kind, prefix, new, call.params.get("id"), call.account)
         if about not in self.objects or self.homes.get(about) != call.account:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]
@@ -245,8 +242,12 @@ class StripeFake:
             return error(400, "invalid_request_error", code="resource_missing", message="No such product.")
         return None
 
-    def _new(self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None) -> str:
+    def _new(
+        self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None, account: str | None = None
+    ) -> str:
         about = chosen or f"{prefix}_{next(self._numbers)}"
+        if account:
+            self.homes[about] = account
         self.objects[about] = {
             "id": about, "object": kind, "created": int(self.clock()), "livemode": False, "metadata": {}, **new,
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),

@@ -709,9 +709,7 @@ def answer(ledger: Ledger, world: World) -> None:
     due = ledger.table("stripe_requests", "state = 'queued' and run_at <= credits.now() order by request_id")
     date = json.dumps({"Date": format_datetime(ledger.now.astimezone(UTC), usegmt=True), "Request-Id": "req_1"})
     for request in due:
-        status, body = world.get(
-            request.path, request.params, int(ledger.now.timestamp()), request.stripe_account
-        )
+        status, body = world.get(request.path, request.params, int(ledger.now.timestamp()), request.stripe_account)
         arguments = {"request_id": request.request_id, "status": status, "body": json.dumps(body), "headers": date}
         ledger.row("complete_stripe_request", **arguments)
 

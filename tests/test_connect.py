@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 from door import SECRET, Door, signature
-from ledger_support import DAY, HOUR, NOON, SECOND, Ledger, assert_sound, committed, refused, session, told
+from ledger_support import DAY, HOUR, NOON, SECOND, Ledger, assert_sound, committed, refused, session, together, told
 from psycopg import Connection
 from servers import ONE_ENGINE, Database
 from stripe_fake import KEY, StripeFake
@@ -41,10 +41,12 @@ def ledger(conn: Connection[Any]) -> Ledger:
     return ledger
 
 
-def tell(ledger: Ledger, event_type: str, about: Any, account: str | None = SHOP, **more: Any) -> str:
+def tell(
+    ledger: Ledger, event_type: str, about: Any, account: str | None = SHOP, event_id: str | None = None, **more: Any
+) -> str:
     """Deliver an event of a connected account, or of the own one."""
     says = {"created": int(ledger.now.timestamp()), **({"account": account} if account else {}), **more}
-    payload = told(ledger.key(), event_type, about, **says)
+    payload = told(event_id or ledger.key(), event_type, about, **says)
     outcome: str = ledger.receive_stripe_event("shop" if account else "default", payload).outcome
     return outcome
 
@@ -136,6 +138,28 @@ def test_what_people_write_moves_nothing(ledger: Ledger) -> None:
     tell(ledger, COMPLETED, session(client_reference_id="cus_1", metadata=written, customer=None))
     ledger.create_portal_session("alpha", return_url=URL, key="p")
     assert asked(ledger, "purpose = 'portal'") == [("portal", "/v1/billing_portal/sessions", None)]
+
+
+def test_what_nobody_asks_about_is_not_remembered(ledger: Ledger) -> None:
+    with ledger.unchanged("stripe_events"):
+        tell(ledger, "payout.paid", {"id": "po_1", "object": "payout", "destination": "ba_1", "type": "bank_account"})
+        tell(ledger, "balance.available", {"object": "balance", "available": [{"amount": 1}]})
+
+
+def test_events_that_name_the_same_objects_wait_for_nobody(database: Database) -> None:
+    with committed(database) as ledger:
+        prepare(ledger)
+
+    def paid(number: int) -> Callable[[Ledger], str]:
+        charge = {
+            **CHARGE,
+            "customer": f"cus_{number % 3}",
+            "payment_intent": f"pi_{-number % 4}",
+            "id": f"ch_{number % 2}",
+        }
+        return lambda ledger: tell(ledger, "charge.updated", {**charge, "amount_refunded": 0}, event_id=f"evt_{number}")
+
+    assert together(database, [paid(number) for number in range(12)]) == ["applied"] * 12
 
 
 def test_shadow_mode_remembers_nothing(ledger: Ledger) -> None:
@@ -308,6 +332,20 @@ def test_the_catalogue_takes_no_price_of_a_connected_account_for_its_own(ledger:
         assert bound == (None if account else price)
 
 
+def test_a_price_that_is_sold_no_more_is_archived_where_it_is(ledger: Ledger) -> None:
+    for price, account in [("price_shop", SHOP), ("price_own", None)]:
+        known_price(ledger, price, account)
+        ledger.change("insert into credits.plans (code, name, stripe_price_ids) values (%s, 'X', %s)", price, [price])
+    ledger.change("update credits.packages set active = false")
+    with ledger.as_owner():
+        ledger.query("select credits._note_sold_prices()")
+    ledger.change("update credits.sold_prices set retired_at = credits.now()")
+    ledger.publish_catalog()
+    assert sorted(asked(ledger)) == [
+        ("publish", "/v1/prices/price_own", None), ("publish", "/v1/prices/price_shop", SHOP)
+    ]  # fmt: skip
+
+
 # A connected account that takes its access away ----------------------------------------------------------------------
 
 GONE, BACK = "account.application.deauthorized", "account.application.authorized"
@@ -443,13 +481,15 @@ def test_a_connected_account_from_its_first_event_to_refund_and_top_up(
     secrets = {"": ("whsec_own",), "SHOP": (SECRET,)}
     with Door(database.dsn, webhook_secrets=secrets) as door:
         answered = door.post(body, signature(body), "shop")
-        assert (answered.status_code, answered.json().get("outcome")) == (200, "parked"), answered.text  # whose customer is it?
+        assert (answered.status_code, answered.json().get("outcome")) == (200, "parked"), (
+            answered.text
+        )  # whose customer is it?
     assert (work(database, fake), live.available()) == ({SHOP}, 1000)
 
     purchase = live.list_purchases(account_id="alpha")[0].purchase_id
-    live.request_refund("alpha", purchase, 400, key="r")
+    live.request_refund("alpha", purchase, amount=400, key="r")
     assert work(database, fake) == {SHOP}
-    assert (live.request_refund("alpha", purchase, 400, key="r").state, live.available()) == ("done", 600)
+    assert (live.request_refund("alpha", purchase, amount=400, key="r").state, live.available()) == ("done", 600)
 
     live.set_auto_topup("alpha", 500, "starter", 100000)
     live.use(200)
@@ -477,8 +517,8 @@ def test_what_never_arrived_is_found_in_every_account(database: Database, live: 
     with live.conn.transaction():
         live.change("select credits._disconnect(%s, credits.now())", OTHER)
     fake.page = 1
-    made = {"created": 2_000_000_000, "livemode": False}
-    sold = partial(session, customer=None, **made)
+    made: Json = {"created": 2_000_000_000, "livemode": False}
+    sold: Callable[..., Json] = partial(session, customer=None, **made)
     has(fake, sold("cs_1"))
     has(fake, sold("cs_2"))
     has(fake, sold("cs_3", metadata={"account_id": "beta", "package": "starter"}), None)
