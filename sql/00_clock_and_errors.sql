@@ -208,3 +208,14 @@ begin
 end $$;
 comment on function credits._check_same(jsonb, jsonb, text, text) is
   'Compares fingerprints as jsonb, so that 5 equals 5.0.';
+
+-- As fingerprints hold it, whatever style the session writes intervals in: some clients set another one.
+create or replace function credits._interval_text(span interval)
+returns text
+language sql
+stable
+strict
+set intervalstyle = 'postgres'
+as $$
+  select _interval_text.span::text
+$$;

@@ -167,9 +167,7 @@ begin
     select null, m.kind, m.scope, m.expires_at, m.remaining, m.held
       from credits._silent_month(_lots_at.balance, _lots_at.at) m
     union all
-    select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r
-    union all
-    select l.* from credits._rolled_over_lines(_lots_at.balance, _lots_at.at) l;
+    select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r;
 end $$;
 
 -- The present months of an account's plans that nobody has booked, less what they pay of a debt.

@@ -116,3 +116,28 @@ as $$
       or c.owed > g.owed
       or c.taken + c.owed < c.firm and g.amount > g.expired + g.revoked + g.owed
 $$;
+
+create or replace function credits._audit_purchases()
+returns setof credits.audit_finding
+language plpgsql
+stable
+as $$
+begin
+  return query
+    select 'completed_purchases_have_their_grant', p.account_id,
+           jsonb_build_object('purchase_id', p.purchase_id, 'status', p.status, 'credits', p.credits, 'granted', g.amount)
+      from credits.purchases p
+      left join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
+     where p.completed_at is not null and (g.amount is distinct from p.credits
+           or not exists (select from credits.stripe_facts f
+                           where f.kind = case when p.stripe_session_id is null then 'top_up' else 'checkout_session' end
+                             and f.ref = coalesce(p.stripe_session_id, p.stripe_payment_intent_id)
+                             and f.account_id = p.account_id));
+  return query
+    select 'facts_have_their_purchase', f.account_id, jsonb_build_object('kind', f.kind, 'ref', f.ref)
+      from credits.stripe_facts f
+     where f.kind in ('checkout_session', 'top_up')
+       and not exists (select from credits.purchases p
+                        where p.account_id = f.account_id and p.completed_at is not null
+                          and coalesce(p.stripe_session_id, p.stripe_payment_intent_id) = f.ref);
+end $$;

@@ -1,4 +1,4 @@
--- Reservations as they stand: one, or those that hold something.
+-- Reservations as they stand: one, or those that hold something; and what the verbs answer with.
 
 drop function if exists credits.get_reservation(text, text);
 create or replace function credits.get_reservation(
@@ -66,3 +66,102 @@ as $$
     from (select (_reservation_row.hold).*) h,
          credits._settle_result(_reservation_row.hold, false) o
 $$;
+
+create or replace function credits._reservation(
+  account_id     text,
+  reservation_id text
+)
+returns credits.reservations
+language plpgsql
+stable
+as $$
+declare
+  v_hold credits.reservations;
+begin
+  select r.* into v_hold
+    from credits.reservations r
+   where r.account_id = _reservation.account_id and r.reservation_id = _reservation.reservation_id;
+  if not found then
+    perform credits._check_key(_reservation.reservation_id, 'reservation_id');
+    perform credits._fail(404, 'reservation_not_found',
+      jsonb_build_object('reservation_id', _reservation.reservation_id));
+  end if;
+  return v_hold;
+end $$;
+
+create or replace function credits._fail_closed(hold credits.reservations)
+returns void
+language plpgsql
+immutable
+as $$
+begin
+  if (_fail_closed.hold).status = 'expired' then
+    perform credits._fail(410, 'reservation_expired',
+      jsonb_build_object('reservation_id', (_fail_closed.hold).reservation_id, 'status', 'expired'),
+      'Its time is over and its credits are back. settle still charges it, marked late.');
+  end if;
+  perform credits._fail(409, 'reservation_closed',
+    jsonb_build_object('reservation_id', (_fail_closed.hold).reservation_id, 'status', (_fail_closed.hold).status));
+end $$;
+
+create or replace function credits._reserve_result(
+  hold     credits.reservations,
+  replayed boolean
+)
+returns credits.reserve_result
+language plpgsql
+stable
+as $$
+declare
+  v_hold credits.reservations := _reserve_result.hold;
+begin
+  return row(v_hold.reservation_id, v_hold.account_id, v_hold.amount, v_hold.created_at + v_hold.ttl,
+             v_hold.available_after, _reserve_result.replayed)::credits.reserve_result;
+end $$;
+
+create or replace function credits._reservation_result(hold credits.reservations)
+returns credits.reservation_result
+language plpgsql
+stable
+as $$
+declare
+  v_hold credits.reservations := _reservation_result.hold;
+begin
+  return row(v_hold.reservation_id, v_hold.account_id, v_hold.status, v_hold.amount, v_hold.captured,
+             v_hold.amount - v_hold.captured, v_hold.expires_at,
+             (credits.get_balance(v_hold.account_id)).available)::credits.reservation_result;
+end $$;
+
+create or replace function credits._settle_result(
+  hold     credits.reservations,
+  replayed boolean
+)
+returns credits.settle_result
+language plpgsql
+stable
+as $$
+declare
+  v_hold   credits.reservations := _settle_result.hold;
+  v_result credits.settle_result;
+begin
+  v_result.reservation_id := v_hold.reservation_id;
+  v_result.account_id     := v_hold.account_id;
+  v_result.status         := v_hold.status;
+  v_result.actual         := v_hold.actual;
+  v_result.charged        := v_hold.charged;
+  v_result.uncollected    := v_hold.uncollected;
+  v_result.late           := v_hold.late;
+  v_result.entry_seq      := v_hold.settle_seq;
+  v_result.balance        := (v_hold.closing ->> 'balance')::numeric;
+  v_result.available      := (v_hold.closing ->> 'available')::numeric;
+  v_result.replayed       := _settle_result.replayed;
+  if v_hold.status = 'open' and v_hold.expires_at <= credits.now() then
+    v_result.status := 'expired';
+  end if;
+  if v_hold.status = 'settled' and v_hold.late then
+    v_result.released := 0;
+  elsif v_result.status <> 'open' then
+    v_result.released := trim_scale(greatest(0, v_hold.amount - v_hold.captured - coalesce(v_hold.actual, 0)));
+  end if;
+  return v_result;
+end $$;

@@ -124,17 +124,6 @@ reservation_closed, 422 invalid_amount.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------
 
--- As fingerprints hold it, whatever style the session writes intervals in: some clients set another one.
-create or replace function credits._interval_text(span interval)
-returns text
-language sql
-stable
-strict
-set intervalstyle = 'postgres'
-as $$
-  select _interval_text.span::text
-$$;
-
 create or replace function credits._usage(
   account_id text,
   usage_id   text

@@ -46,7 +46,8 @@ begin
   end loop;
 end $$;
 
--- The plan of the month that ended at a moment, which says what of it rolls over, whatever plan has come since.
+-- The plan of the month that ended at a moment, which says what of it rolls over, whatever plan has come since: of Stripe's
+-- that of the newest line that was paid for it, since what else is known depends on the order of events.
 create or replace function credits._plan_until(
   subscription credits.subscriptions,
   ends         timestamptz
@@ -57,13 +58,20 @@ stable
 as $$
   select p.*
     from (select (_plan_until.subscription).*) s
+    left join lateral (select a.plan
+                         from credits.allowances a
+                        where a.account_id = s.account_id and a.subscription_id = s.subscription_id and s.source = 'stripe'
+                          and a.sign = 1 and a.plan is not null
+                          and a.period_start < _plan_until.ends and a.period_end >= _plan_until.ends
+                        order by a.invoiced_at desc, a.item_id, a.allowance_id
+                        limit 1) l on true
     left join lateral (select n.plan
                          from credits.subscription_history n
                         where n.account_id = s.account_id and n.subscription_id = s.subscription_id and s.source = 'internal'
                           and n.created_at < _plan_until.ends
                         order by n.history_id desc
                         limit 1) h on true
-    join credits.plans p on p.code = coalesce(h.plan, s.plan)
+    join credits.plans p on p.code = coalesce(l.plan, case when s.pending_at < _plan_until.ends then s.pending_plan end, h.plan, s.plan)
 $$;
 
 -- Unspent credits of a period that has ended come again with the next one, as far as the plan lets them: what expired at the

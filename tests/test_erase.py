@@ -121,7 +121,8 @@ def test_an_account_that_cannot_be_erased_does_not_keep_the_others(ledger: Ledge
         ledger.open(account, 10)
         ledger.erase_account(account)
     ledger.change(
-        "create function credits.refuse() returns trigger language plpgsql as $$ begin raise 'not %%', old.account_id; end $$; "
+        "create function credits.refuse() returns trigger language plpgsql as "
+        "$$ begin raise 'not %%', old.account_id; end $$; "
         "create trigger refuse before update on credits.erasures for each row when (old.account_id = 'beta') "
         "execute function credits.refuse()"
     )

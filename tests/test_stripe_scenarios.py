@@ -202,6 +202,25 @@ def test_any_order_ends_in_one_state(ledger: Ledger, name: str, shape: Shape) ->
             assert_same(state(ledger), expected)
 
 
+@pytest.mark.parametrize(("rolls", "expected"), [("pro", 4000), ("basic", 1000)])
+def test_the_plan_that_was_paid_says_what_rolls_over_whenever_another_is_known(
+    ledger: Ledger, rolls: str, expected: int
+) -> None:
+    """It was the plan that the subscription had when the next invoice came."""
+    ledger.change("update credits.plans set rollover = 'all' where code = %s", rolls)
+    world = World("new")
+    changes.a_downgrade_at_the_end_of_the_period(world)
+    ledger.now = world.moment + MINUTE
+    moves = [event for event in world.events if "customer.subscription.updated" in event.payload]
+    others = [event for event in world.events if event not in moves]
+    for order in (world.events, moves[::-1] + others, others + moves):
+        with undone(ledger):
+            deliver(ledger, *order)
+            settle(ledger, world)
+            assert ledger.available() == expected
+            assert_sound(ledger)
+
+
 @ONE_ENGINE
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", STORIES)
