@@ -189,7 +189,8 @@ declare
   v_request credits.stripe_requests := credits._answered(_on_failed_page.notice);
 begin
   perform credits._end_reconciliation(split_part(v_request.ref, ':', 1)::bigint,
-                           concat_ws(' ', v_request.stripe_account, v_request.path, v_request.http_status, v_request.error_type, v_request.error_code));
+                           concat_ws(' ', v_request.stripe_account, v_request.path, v_request.http_status,
+                                     v_request.error_type, v_request.error_code));
   return credits._applied();
 end $$;
 

@@ -54,6 +54,8 @@ begin
   elsif (_mind_the_account.request).http_status = 403
         and credits._error_of(_mind_the_account.answer, 'code') = 'account_invalid' then
     perform credits._disconnect(v_account, to_timestamp((_mind_the_account.request).as_of));
+  elsif (_mind_the_account.request).http_status between 200 and 299 then  -- it may have been connected twice
+    perform credits._reconnect(v_account, to_timestamp((_mind_the_account.request).as_of));
   end if;
   perform credits._keep_homes(v_account, _mind_the_account.answer);
 end $$;
@@ -114,8 +116,7 @@ language sql
 as $$
   update credits.stripe_disconnections d
      set resumed_at = _reconnect.at
-   where d.stripe_account = _reconnect.stripe_account and d.stopped_at <= _reconnect.at
-     and coalesce(d.resumed_at, '-infinity') < _reconnect.at
+   where d.stripe_account = _reconnect.stripe_account and d.stopped_at <= _reconnect.at and d.resumed_at is null
 $$;
 
 create or replace function credits._on_deauthorized(notice credits.stripe_notice)

@@ -131,12 +131,15 @@ begin
           v_package.price * v_quantity, v_package.currency, credits.now())
   returning p.purchase_id into v_checkout.purchase_id;
 
+  if credits._home_of('price', v_package.stripe_price_id) is distinct from v_home then
+    v_package.stripe_price_id := null;
+  end if;
   if credits._home_of('product', v_package.stripe_product_id) is distinct from v_home then
     v_package.stripe_product_id := null;
   end if;
   v_checkout.request_id := credits._request('checkout', v_checkout.checkout_id, 'post', '/v1/checkout/sessions',
     credits._checkout_params(v_checkout, _sell_package.asked, 'payment',
-      case when credits._is_price_of(v_package.stripe_price_id, v_home) then jsonb_build_object('price', v_package.stripe_price_id)
+      case when v_package.stripe_price_id is not null then jsonb_build_object('price', v_package.stripe_price_id)
            else jsonb_build_object('price_data', jsonb_strip_nulls(jsonb_build_object(
              'currency', v_package.currency, 'unit_amount', v_package.price, 'product', v_package.stripe_product_id,
              'product_data', case when v_package.stripe_product_id is null

@@ -270,12 +270,15 @@ def test_what_the_catalogue_sells_at_a_price_of_its_own_is_named_elsewhere(ledge
     tell(ledger, "customer.created", CUSTOMER)
     ledger.open("beta")
     ledger.change(
-        "update credits.packages set stripe_price_id = 'price_own', stripe_product_id = 'prod_1' where code = 'starter'"
+        "update credits.packages set stripe_price_id = 'price_1', stripe_product_id = 'prod_1' where code = 'starter'"
     )
-    known_price(ledger, "price_own", None)
     data = {"currency": "usd", "unit_amount": 1000, "product_data": {"name": "Starter"}}
-    assert item(ledger, "alpha", package="starter") == {"price_data": data, "quantity": 1}
-    assert item(ledger, "beta", package="starter") == {"price": "price_own", "quantity": 1}
+    for account in (None, SHOP):
+        if account:
+            known_price(ledger, "price_1", account)
+        by_price, by_name = ("alpha", "beta") if account else ("beta", "alpha")
+        assert item(ledger, by_price, package="starter") == {"price": "price_1", "quantity": 1}
+        assert item(ledger, by_name, package="starter") == {"price_data": data, "quantity": 1}
 
 
 def test_each_account_has_its_own_price_of_a_plan(ledger: Ledger) -> None:
@@ -391,6 +394,16 @@ def test_an_account_that_is_disconnected_is_left_alone_until_it_is_back(ledger: 
     assert health(ledger) == "warn"
     ledger.set_stripe_endpoint("shop", stripe_account=SHOP)
     assert (health(ledger), silent(ledger)) == ("ok", False)
+
+
+def test_an_answer_from_there_says_that_it_is_connected(ledger: Ledger) -> None:
+    tell(ledger, "customer.created", CUSTOMER)
+    tell(ledger, GONE, APPLICATION)
+    ledger.now += HOUR
+    ledger.create_portal_session("alpha", return_url=URL, key="p")
+    assert health(ledger) == "warn"
+    assert answer(ledger, {"id": "bps_1", "object": "billing_portal.session", "url": URL}).state == "done"
+    assert health(ledger) == "ok"
 
 
 def test_what_is_over_disconnects_nothing(ledger: Ledger) -> None:
