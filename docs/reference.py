@@ -21,7 +21,8 @@ select p.proname as name, pg_get_function_arguments(p.oid) as arguments, pg_get_
 """
 _RELATIONS = """
 select c.relname as name, obj_description(c.oid, 'pg_class') as comment,
-       array_agg(array[a.attname, format_type(a.atttypid, a.atttypmod), coalesce(col_description(c.oid, a.attnum), '')]
+       array_agg(array[a.attname::text, format_type(a.atttypid, a.atttypmod),
+                       coalesce(col_description(c.oid, a.attnum), '')]
                  order by a.attnum) as columns
   from pg_class c join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
  where c.relnamespace = %(schema)s::regnamespace and c.relkind in ('r', 'v')

@@ -65,6 +65,7 @@ begin
                   or (select max(b.at) from unnest(array[s.period_end, s.pending_at, s.cancel_at, s.trial_end]) b (at)
                        where b.at <= v_now) > to_timestamp(o.as_of))
              and credits._open_request('retrieve', 'subscription:' || s.subscription_id) is null
+             and not credits._is_disconnected(credits._home_of('subscription', s.subscription_id))
            order by o.as_of
            limit _refresh_stale_subscriptions.max_rows) f;
   return v_asked;

@@ -84,7 +84,7 @@ begin
       || jsonb_strip_nulls(jsonb_build_object(
            'limit', 100, 'starting_after', _look_up.after, 'created', jsonb_build_object(
              'gte', floor(extract(epoch from v_request.first_sent_at - interval '1 hour'))::bigint))),  -- clocks differ
-      v_request.account_id);
+      v_request.account_id, stripe_account => v_request.stripe_account);
   end if;
   return true;
 end $$;

@@ -38,7 +38,8 @@ end $$;
 comment on function credits.reconcile_stripe(timestamptz, boolean) is
 'Compares what Stripe has made since a moment with what is known here: paid sessions, paid invoices and refunds.
 
-It returns at once; the worker reads Stripe''s lists, get_reconciliation() says how far it is, list_stripe_gaps() what it found.
+It returns at once; the worker reads Stripe''s lists, get_reconciliation() says how far it is, list_stripe_gaps() what it found. The own
+account is looked at first, then each connected one that an endpoint names and that lets us in.
 Without repair nothing changes. With repair each object that never arrived is retrieved and applied as its event would be, once,
 even if the event comes meanwhile; what an endpoint saw in shadow mode is left to replay_stripe_event(). One run at a time: while one is running it is answered, whatever the arguments. since is by
 default the setting reconcile_window ago, and compared with when Stripe made the object, not with when it was paid.
@@ -116,18 +117,20 @@ begin
 end $$;
 
 -- In the order of this list: a refund is known by the payment that a session or an invoice has made known.
+drop function if exists credits._request_page(credits.stripe_reconciliations, text, text);
 create or replace function credits._request_page(
-  run   credits.stripe_reconciliations,
-  kind  text,
-  after text default null
+  run            credits.stripe_reconciliations,
+  kind           text,
+  after          text default null,
+  stripe_account text default null
 )
 returns bigint
 language sql
 as $$
-  select credits._request('reconcile', (_request_page.run).run_id || ':' || l.kind, 'get', l.path,
+  select credits._request('reconcile', concat_ws(':', (_request_page.run).run_id, l.kind, _request_page.stripe_account), 'get', l.path,
            l.params || jsonb_strip_nulls(jsonb_build_object(
              'limit', 100, 'created', jsonb_build_object('gte', extract(epoch from (_request_page.run).since)::bigint),
-             'starting_after', _request_page.after)))
+             'starting_after', _request_page.after)), stripe_account => _request_page.stripe_account)
     from (values ('checkout.session', '/v1/checkout/sessions', '{"status": "complete"}'::jsonb),
                  ('invoice',          '/v1/invoices',          '{"status": "paid"}'),
                  ('refund',           '/v1/refunds',           '{}')) l (kind, path, params)
@@ -139,29 +142,44 @@ returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_list jsonb := (_on_page.notice).object;
-  v_ref  text  := (credits._answered(_on_page.notice)).ref;
-  v_kind text  := split_part(v_ref, ':', 2);
-  v_next text  := case v_kind when 'checkout.session' then 'invoice' when 'invoice' then 'refund' end;
-  v_run  credits.stripe_reconciliations;
+  v_list    jsonb := (_on_page.notice).object;
+  v_request credits.stripe_requests := credits._answered(_on_page.notice);
+  v_account text  := v_request.stripe_account;
+  v_kind    text  := split_part(v_request.ref, ':', 2);
+  v_next    text  := case v_kind when 'checkout.session' then 'invoice' when 'invoice' then 'refund' end;
+  v_run     credits.stripe_reconciliations;
 begin
   update credits.stripe_reconciliations r
      set checked = r.checked + (select count(*) from credits._elements(v_list))
-   where r.run_id = split_part(v_ref, ':', 1)::bigint and r.state = 'running'
+   where r.run_id = split_part(v_request.ref, ':', 1)::bigint and r.state = 'running'
   returning r.* into v_run;
   if not found then
     return credits._applied();
   end if;
   perform credits._note_gap(v_run, v_kind, e) from credits._elements(v_list) e;
   if credits._has_more(v_list) and credits._last_id(v_list) is not null then
-    perform credits._request_page(v_run, v_kind, credits._last_id(v_list));
+    perform credits._request_page(v_run, v_kind, credits._last_id(v_list), v_account);
   elsif v_next is not null then
-    perform credits._request_page(v_run, v_next);
+    perform credits._request_page(v_run, v_next, null, v_account);
+  elsif credits._next_account(v_account) is not null then
+    perform credits._request_page(v_run, 'checkout.session', null, credits._next_account(v_account));
   else
     perform credits._end_reconciliation(v_run.run_id, null);
   end if;
   return credits._applied();
 end $$;
+
+-- After the own account those that an endpoint takes events of, one after the other.
+create or replace function credits._next_account(stripe_account text)
+returns text
+language sql
+stable
+as $$
+  select min(e.stripe_account collate "C")
+    from credits.stripe_endpoints e
+   where e.stripe_account collate "C" > coalesce(_next_account.stripe_account, '')
+     and not credits._is_disconnected(e.stripe_account)
+$$;
 
 create or replace function credits._on_failed_page(notice credits.stripe_notice)
 returns credits.handler_result
@@ -171,7 +189,8 @@ declare
   v_request credits.stripe_requests := credits._answered(_on_failed_page.notice);
 begin
   perform credits._end_reconciliation(split_part(v_request.ref, ':', 1)::bigint,
-                           concat_ws(' ', v_request.path, v_request.http_status, v_request.error_type, v_request.error_code));
+                           concat_ws(' ', v_request.stripe_account, v_request.path, v_request.http_status,
+                                     v_request.error_type, v_request.error_code));
   return credits._applied();
 end $$;
 

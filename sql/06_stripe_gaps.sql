@@ -120,6 +120,7 @@ as $$
               when bool_and(coalesce(e.livemode <> credits._flag(_turned_away.object -> 'livemode'), false))
                      filter (where e.mode = 'live')            then 'livemode_mismatch' end
     from credits.stripe_endpoints e
+   where e.stripe_account is not distinct from credits._home_of(_turned_away.object ->> 'object', _turned_away.object ->> 'id')
 $$;
 
 -- How the gaps of a run stand now, in order. That takes a millisecond each: the offsets see to it that it is computed once, and of

@@ -1,11 +1,13 @@
 -- Which price of Stripe sells what, now and ever. Whoever writes here locks the table plans first.
 
 -- The price that a plan is sold at, if no other is asked for. Who pays at another price already stays with its currency, since Stripe
--- takes no other one of a subscription, and with its interval, where the plan is sold so.
+-- takes no other one of a subscription, and with its interval, where the plan is sold so. Each account of Stripe has prices of its own.
 drop function if exists credits._price_of_plan(text);
+drop function if exists credits._price_of_plan(text, text);
 create or replace function credits._price_of_plan(
-  plan text,
-  paid text default null
+  plan           text,
+  paid           text default null,
+  stripe_account text default null
 )
 returns text
 language sql
@@ -17,17 +19,34 @@ as $$
     cross join lateral (
       select c.stripe_price_id, c.currency, c."interval", 1, c.rank
         from credits.plan_prices c
-       where c.plan = p.code and c.stripe_price_id is not null
+       where c.plan = p.code and credits._is_price_of(c.stripe_price_id, _price_of_plan.stripe_account)
       union all
       select i.id, w.shown ->> 'currency', w.shown ->> 'every', 2, -i.place
-        from unnest(p.stripe_price_ids) with ordinality i (id, place)
+        from (select u.id, u.place, max(u.place) over () as last
+                from unnest(p.stripe_price_ids) with ordinality u (id, place)
+               where credits._is_price_of(u.id, _price_of_plan.stripe_account)) i
         cross join lateral (select credits._shown_price(credits._snapshot('price', i.id))) w (shown)
-       where (i.place = cardinality(p.stripe_price_ids) or w.shown -> 'active' = 'true')
+       where (i.place = i.last or w.shown -> 'active' = 'true')
          and not credits._is_retired(i.id)) n (price_id, currency, every, kind, place)
    where p.code = _price_of_plan.plan
    order by coalesce((n.currency, n.every) = (o.shown ->> 'currency', o.shown ->> 'every'), false) desc,
             coalesce(n.currency = o.shown ->> 'currency', false) desc, n.kind, n.place
    limit 1
+$$;
+
+-- Whether something can be sold at it in an account of Stripe. One that nobody has told of may be of any.
+create or replace function credits._is_price_of(
+  price_id       text,
+  stripe_account text
+)
+returns boolean
+language sql
+stable
+as $$
+  select case when h.home is null and credits._snapshot('price', _is_price_of.price_id) is null then true
+              else h.home is not distinct from _is_price_of.stripe_account end
+    from (select credits._home_of('price', _is_price_of.price_id)) h (home)
+   where _is_price_of.price_id is not null
 $$;
 
 -- The catalogue sells nothing at it any more, whether Stripe has heard of that or not.
@@ -148,6 +167,7 @@ begin
       cross join lateral (select credits._shown_price(o.snapshot)) p (shown)
      where t.object = 'price' and t.on_sale and t.stripe_id is null and s.retired_at is null
        and p.shown -> 'active' = 'true' and credits._differing(p.shown, t.fixed) = '{}'
+       and credits._home_of('price', o.object_id) is null  -- the catalogue is published in the own account
      order by t.ref, s.created_at desc, s.stripe_price_id
   loop
     perform credits._bind_price((v_known.section, v_known.code, 'price', v_known.ref, null, false, true, null, null)::credits.catalog_target,

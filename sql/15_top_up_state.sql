@@ -187,7 +187,8 @@ returns void
 language sql
 as $$
   select credits._request('cancel_top_up', t.top_up_id, 'post', '/v1/payment_intents/' || t.payment_intent_id || '/cancel',
-                          '{"cancellation_reason": "abandoned"}', t.account_id)
+                          '{"cancellation_reason": "abandoned"}', t.account_id,
+                          stripe_account => credits._home_of('payment_intent', t.payment_intent_id))
     from credits.top_ups t
    where t.account_id = _let_go.account_id and t.state = 'requires_action'
      and credits._open_request('cancel_top_up', t.top_up_id) is null

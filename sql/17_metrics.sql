@@ -181,7 +181,10 @@ as $$
       ('pgcredits_stripe_requests_unknown', 'Requests of which nobody knows whether Stripe did them.',
        (select count(*) from credits.stripe_requests r where r.state in ('failed', 'unknown') and r.state = 'unknown')),
       ('pgcredits_stripe_stopped', '1 while Stripe refuses our key and nothing is sent.',
-       (select count(*) from credits.stripe_queue_stop))
+       (select count(*) from credits.stripe_queue_stop)),
+      ('pgcredits_stripe_accounts_disconnected', 'Connected accounts of our endpoints that took away our access.',
+       (select count(distinct e.stripe_account) from credits.stripe_endpoints e
+         where credits._is_disconnected(e.stripe_account)))
     ) v (name, help, value)
 $$;
 comment on function credits._request_metrics(timestamptz) is

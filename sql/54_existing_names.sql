@@ -90,9 +90,11 @@ and disputes of the invoice take them back.
 Errors: 400 invalid_request, 404 customer_not_found, 409 idempotency_conflict, customer_of_another_account,
 422 invalid_amount, 423 account_closed.';
 
+drop function if exists credits.get_or_create_stripe_customer(text, text);
 create or replace function credits.get_or_create_stripe_customer(
-  user_id text,
-  email   text default null
+  user_id        text,
+  email          text default null,
+  stripe_account text default null
 )
 returns credits.stripe_customer_result
 language plpgsql
@@ -104,6 +106,7 @@ declare
   v_customer text := credits._customer_of(get_or_create_stripe_customer.user_id);
   v_request  bigint;
 begin
+  perform credits._check_connected(get_or_create_stripe_customer.stripe_account);
   if v_customer is null then
     perform credits._lock_account(get_or_create_stripe_customer.user_id);
     -- One statement: a request that is no longer open has bound its customer.
@@ -118,17 +121,18 @@ begin
       jsonb_strip_nulls(jsonb_build_object(
         'email', coalesce(nullif(get_or_create_stripe_customer.email, ''), v_email),
         'metadata', jsonb_build_object('account_id', get_or_create_stripe_customer.user_id))),
-      get_or_create_stripe_customer.user_id);
+      get_or_create_stripe_customer.user_id, stripe_account => get_or_create_stripe_customer.stripe_account);
   end if;
   return row(get_or_create_stripe_customer.user_id, null, 'pending', v_request)::credits.stripe_customer_result;
 end $$;
-comment on function credits.get_or_create_stripe_customer(text, text) is
+comment on function credits.get_or_create_stripe_customer(text, text, text) is
 'The Stripe customer that an account is bound to; if there is none, asks Stripe to create one.
 
 user_id is the account_id. status is bound, with customer_id; or pending, with the request_id of the request that waits in
 stripe_requests: its answer binds the customer, then call again. Calls at the same time share one request. email (by default
 that of the account) is what Stripe writes to; an e-mail address never binds a customer to an account. Of several customers
-that of the live subscription is answered, else the first one that Stripe has not deleted.
+that of the live subscription is answered, else the first one that Stripe has not deleted. stripe_account is the connected account in
+which a new one is made, null the own one: what the buyer then buys is sold there. An endpoint must take its events.
 Errors: 400 invalid_request, 404 account_not_found.';
 
 -- Helpers -----------------------------------------------------------------------------------------------------------

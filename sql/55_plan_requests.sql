@@ -12,7 +12,8 @@ language plpgsql
 as $$
 declare
   v_sub      credits.subscriptions := _request_plan.subscription;
-  v_price    text := credits._price_of_plan(_request_plan.plan, v_sub.price_id);
+  v_price    text := credits._price_of_plan(_request_plan.plan, v_sub.price_id,
+                                                credits._home_of('subscription', v_sub.subscription_id));
   v_item     text := (select i.item_id
                         from credits.subscription_items i
                        where i.account_id = v_sub.account_id and i.subscription_id = v_sub.subscription_id
@@ -87,7 +88,8 @@ begin
   if v_request is null
      or exists (select from credits.stripe_requests r where r.request_id = v_request and r.first_sent_at is null) then
     v_request := credits._request(_request_change.purpose, v_sub.subscription_id, _request_change.method, _request_change.path,
-                                  _request_change.params, v_sub.account_id);
+                                  _request_change.params, v_sub.account_id,
+                                  stripe_account => credits._home_of('subscription', v_sub.subscription_id));
   end if;
   perform credits._fail_in_progress(v_sub.subscription_id)
      from credits.stripe_requests r
@@ -120,7 +122,8 @@ as $$
                                 'end_date', extract(epoch from s.period_end)::bigint,
                                 'items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object('price', s.price_id, 'quantity', s.quantity)))),
              jsonb_build_object('items', jsonb_build_array(jsonb_strip_nulls(jsonb_build_object(
-               'price', credits._price_of_plan(p.code, s.price_id), 'quantity', s.quantity)))))))
+               'price', credits._price_of_plan(p.code, s.price_id, credits._home_of('subscription', s.subscription_id)),
+               'quantity', s.quantity)))))))
     from (select (_request_phases.subscription).*) s
     join credits.plans p on p.code = s.pending_plan
 $$;

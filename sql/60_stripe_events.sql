@@ -164,6 +164,7 @@ begin
     set mode = excluded.mode, livemode = excluded.livemode, stripe_account = excluded.stripe_account,
         updated_at = excluded.updated_at
   returning e.* into v_endpoint;
+  perform credits._reconnect(v_endpoint.stripe_account, credits.now());
   return v_endpoint;
 end $$;
 comment on function credits.set_stripe_endpoint(text, text, boolean, text) is
@@ -171,7 +172,8 @@ comment on function credits.set_stripe_endpoint(text, text, boolean, text) is
 
 mode live applies its events; shadow records in effects what each would have done and changes nothing, so that a team can
 run beside an existing handler and then switch. livemode null takes test and live events alike; stripe_account is the
-connected account whose events it takes, null the own one. Other events are stored as ignored.
+connected account whose events it takes, null the own one. Other events are stored as ignored. What lives in a connected account that
+had taken away our access is asked about again from now on.
 Errors: 400 invalid_request.';
 
 create or replace function credits.list_stripe_events(

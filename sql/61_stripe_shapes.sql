@@ -94,7 +94,7 @@ as $$
   select _error_of.answer #>> array['error', _error_of.field]
 $$;
 
--- A thin notification names its object beside the event and its moment as ISO text.
+-- A thin notification names its object beside the event, its moment as ISO text, and a connected account as its context.
 create or replace function credits._shape_event(event jsonb)
 returns credits.event_shape
 language plpgsql
@@ -102,7 +102,9 @@ stable
 as $$
 begin
   return (
-    select row(e ->> 'type', e ->> 'object' = 'v2.core.event', credits._flag(e -> 'livemode'), e ->> 'api_version', e ->> 'account',
+    select row(e ->> 'type', e ->> 'object' = 'v2.core.event', credits._flag(e -> 'livemode'), e ->> 'api_version',
+               case when e ->> 'object' = 'v2.core.event' then substring(e ->> 'context' from '^acct_[A-Za-z0-9]+$')
+                    else e ->> 'account' end,
                case when jsonb_typeof(e -> 'created') = 'number' then credits._moment(e -> 'created')
                     else credits._iso_moment(e ->> 'created') end,
                coalesce(e #>> '{data,object,id}', e #>> '{related_object,id}'))::credits.event_shape
@@ -205,6 +207,40 @@ begin
                                   credits._ref(o -> 'subscription')) end)::credits.owner_shape
       from (select _shape_owner.object) x (o));
 end $$;
+
+-- What an object names that we may ask Stripe about, itself first, by the account that it came from. Only places where ids of
+-- Stripe's own stand: what people wrote, in names and metadata, may look like one.
+create or replace function credits._shape_homes(
+  object         jsonb,
+  stripe_account text
+)
+returns setof credits.stripe_homes
+language sql
+immutable
+as $$
+  select distinct n.kind, n.id, _shape_homes.stripe_account
+    from (values ('$', true), ('$.data[*]', true), ('$.error.payment_intent', true),
+                 ('$.lines.data[*]', false), ('$.items.data[*]', false), ('$.payments.data[*]', false)) w (path, itself),
+         lateral jsonb_path_query(_shape_homes.object, w.path::jsonpath) p (part),
+         lateral (
+           select coalesce(p.part ->> 'object', p.part ->> 'type'), p.part ->> 'id' where w.itself  -- the latter in a thin event
+           union all
+           select r.kind, credits._ref(v.value)
+             from (values
+                    ('customer', '$.customer'), ('subscription', '$.subscription'), ('subscription', '$.parent.*.subscription'),
+                    ('subscription_schedule', '$.schedule'), ('invoice', '$.invoice'), ('invoice', '$.latest_invoice'),
+                    ('payment_intent', '$.payment_intent'), ('payment_intent', '$.payment.payment_intent'),
+                    ('charge', '$.charge'), ('charge', '$.latest_charge'), ('charge', '$.payment.charge'),
+                    ('payment_method', '$.payment_method'), ('payment_method', '$.default_payment_method'),
+                    ('payment_method', '$.default_source'), ('payment_method', '$.invoice_settings.default_payment_method'),
+                    ('price', '$.price'), ('price', '$.plan'), ('price', '$.pricing.price_details.price'),
+                    ('product', '$.product'), ('product', '$.price.product'), ('product', '$.plan.product'),
+                    ('product', '$.pricing.price_details.product')) r (kind, path),
+                  lateral jsonb_path_query(p.part, r.path::jsonpath) v (value)) n (kind, id)
+   where n.id is not null
+     and n.kind in ('charge', 'checkout.session', 'customer', 'dispute', 'invoice', 'payment_intent', 'payment_method', 'price',
+                    'product', 'refund', 'subscription', 'subscription_schedule')
+$$;
 
 -- What a notice makes known: its object, the customer behind it, the prices inside it.
 create or replace function credits._known_by(notice credits.stripe_notice)

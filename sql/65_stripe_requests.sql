@@ -206,30 +206,34 @@ begin
 end $$;
 
 -- Asks again later rather than twice: of a request that waits only the last word counts, one that was sent stands.
+drop function if exists credits._request(text, text, text, text, jsonb, text, timestamptz);
 create or replace function credits._request(
-  purpose    text,
-  ref        text,
-  method     text,
-  path       text,
-  params     jsonb       default '{}',
-  account_id text        default null,
-  run_at     timestamptz default null
+  purpose        text,
+  ref            text,
+  method         text,
+  path           text,
+  params         jsonb       default '{}',
+  account_id     text        default null,
+  run_at         timestamptz default null,
+  stripe_account text        default null
 )
 returns bigint
 language sql
 as $$
-  insert into credits.stripe_requests as r (purpose, ref, account_id, method, path, params, created_at, run_at)
+  insert into credits.stripe_requests as r (purpose, ref, account_id, method, path, params, stripe_account, created_at, run_at)
   values (_request.purpose, _request.ref, _request.account_id, _request.method, _request.path,
-          coalesce(_request.params, '{}'), credits.now(), greatest(_request.run_at, credits.now()))
+          coalesce(_request.params, '{}'), _request.stripe_account, credits.now(), greatest(_request.run_at, credits.now()))
   on conflict (purpose, ref) where state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')
     do update set run_at = greatest(r.run_at, excluded.run_at),
                   method = case when r.first_sent_at is null then excluded.method else r.method end,
                   path   = case when r.first_sent_at is null then excluded.path else r.path end,
-                  params = case when r.first_sent_at is null then excluded.params else r.params end
+                  params = case when r.first_sent_at is null then excluded.params else r.params end,
+                  stripe_account = case when r.first_sent_at is null then excluded.stripe_account else r.stripe_account end
   returning r.request_id
 $$;
 
--- A retrieve of something that Stripe can tell. What has no address, or an id that is none, is left alone.
+-- A retrieve of something that Stripe can tell, where it lives. What has no address, or an id that is none, is left alone, and
+-- so is what lives where we are let in no more: it would be refused each time.
 create or replace function credits._request_object(
   kind      text,
   object_id text,
@@ -244,7 +248,7 @@ as $$
                                when _request_object.kind = 'invoice_payments' then jsonb_build_object('limit', 100, 'payment',
                                  jsonb_build_object('type', 'payment_intent', 'payment_intent', _request_object.object_id))
                                else '{}' end::jsonb,
-                          run_at => _request_object.run_at)
+                          run_at => _request_object.run_at, stripe_account => h.stripe_account)
     from (values ('customer',         '/v1/customers/*',                    false),
                  ('product',          '/v1/products/*',                     false),
                  ('price',            '/v1/prices/*',                       false),
@@ -259,8 +263,13 @@ as $$
                  ('checkout.session', '/v1/checkout/sessions/*',            false),
                  ('invoice_lines',    '/v1/invoices/*/lines',               true),
                  ('line_items',       '/v1/checkout/sessions/*/line_items', true),
-                 ('invoice_payments', '/v1/invoice_payments',               false)) p (kind, path, list)
+                 ('invoice_payments', '/v1/invoice_payments',               false)) p (kind, path, list),
+         lateral (select credits._home_of(case p.kind when 'invoice_lines'    then 'invoice'
+                                                      when 'line_items'       then 'checkout.session'
+                                                      when 'invoice_payments' then 'payment_intent'
+                                                      else p.kind end, _request_object.object_id)) h (stripe_account)
    where p.kind = _request_object.kind and _request_object.object_id ~ '^[A-Za-z0-9_]{1,255}$'
+     and not credits._is_disconnected(h.stripe_account)
 $$;
 
 -- What a parked event lacks, if it is something that can be asked for and is not known.

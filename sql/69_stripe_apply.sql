@@ -26,6 +26,7 @@ begin
   v_result := credits._gate(v_event);
   if v_result.status is null then
     v_notice := credits._shape_notice(v_event);
+    perform credits._keep_homes(v_event.stripe_account, v_notice.object) where not v_result.shadow;
     v_result := credits._try(v_notice, v_result.shadow);
   end if;
   perform credits._close_event(v_event, v_result, case when _apply_stripe_event.woken then 0 else 1 end);

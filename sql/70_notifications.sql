@@ -42,6 +42,7 @@ with listed (kind, audience, summary) as (values
   ('reconciliation_failed',           'operator', 'A look at what Stripe has could not be ended.'),
   ('stripe_event_given_up',           'operator', 'An event of Stripe could not be applied and is not tried again.'),
   ('stripe_key_refused',              'operator', 'Stripe refuses our key; nothing is sent until it is right.'),
+  ('stripe_account_disconnected',     'operator', 'A connected account took away our access; what lives there is not asked about any more.'),
   ('stripe_request_failed',           'operator', 'Stripe refused a request.'),
   ('stripe_request_given_up',         'operator', 'A request to Stripe had no answer that helps, and is not sent again.'),
   ('stripe_request_unknown',          'operator', 'Nobody knows whether Stripe did what it was asked. Look there, then decide.'),

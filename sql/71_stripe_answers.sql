@@ -40,6 +40,7 @@ begin
   v_request.http_status := complete_stripe_request.status;
   v_request.error_type  := coalesce(complete_stripe_request.not_sent, credits._error_of(v_answer, 'type'));
   perform credits._mind_the_key(v_request, v_outcome);
+  perform credits._mind_the_account(v_request, v_answer);
   if v_outcome = 'done' and complete_stripe_request.status < 300 then
     v_verdict := credits._apply_answer(v_request, v_answer);
     if v_verdict.status in ('failed', 'parked') then

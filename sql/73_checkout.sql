@@ -110,7 +110,8 @@ begin
   end if;
   v_checkout := credits._new_checkout(create_portal_session.account_id, 'portal', create_portal_session.key, v_asked);
   v_checkout.request_id  := credits._request('portal', v_checkout.checkout_id, 'post', '/v1/billing_portal/sessions',
-    jsonb_build_object('customer', v_customer, 'return_url', create_portal_session.return_url), v_checkout.account_id);
+    jsonb_build_object('customer', v_customer, 'return_url', create_portal_session.return_url), v_checkout.account_id,
+    stripe_account => credits._home_of('customer', v_customer));
   v_checkout := credits._keep_checkout(v_checkout);
   return credits._tell_checkout(v_checkout, false);
 end $$;

@@ -117,6 +117,7 @@ as $$
 declare
   v_checkout credits.checkouts := _sell_package.checkout;
   v_quantity integer := (_sell_package.asked ->> 'quantity')::integer;
+  v_home     text := credits._home_of_buyer(v_checkout.account_id);
   v_package  credits.packages;
 begin
   select p.* into v_package from credits.packages p where p.code = _sell_package.asked ->> 'package' and p.active;
@@ -130,6 +131,12 @@ begin
           v_package.price * v_quantity, v_package.currency, credits.now())
   returning p.purchase_id into v_checkout.purchase_id;
 
+  if credits._home_of('price', v_package.stripe_price_id) is distinct from v_home then
+    v_package.stripe_price_id := null;
+  end if;
+  if credits._home_of('product', v_package.stripe_product_id) is distinct from v_home then
+    v_package.stripe_product_id := null;
+  end if;
   v_checkout.request_id := credits._request('checkout', v_checkout.checkout_id, 'post', '/v1/checkout/sessions',
     credits._checkout_params(v_checkout, _sell_package.asked, 'payment',
       case when v_package.stripe_price_id is not null then jsonb_build_object('price', v_package.stripe_price_id)
@@ -137,7 +144,7 @@ begin
              'currency', v_package.currency, 'unit_amount', v_package.price, 'product', v_package.stripe_product_id,
              'product_data', case when v_package.stripe_product_id is null
                                   then jsonb_build_object('name', v_package.name) end))) end),
-    v_checkout.account_id);
+    v_checkout.account_id, stripe_account => v_home);
   return credits._keep_checkout(v_checkout);
 end $$;
 
@@ -152,6 +159,7 @@ as $$
 declare
   v_checkout credits.checkouts := _sell_plan.checkout;
   v_current  credits.subscriptions := credits._own_subscription(v_checkout.account_id);
+  v_home     text := credits._home_of_buyer(v_checkout.account_id);
   v_plan     credits.plans;
   v_price    text := _sell_plan.asked ->> 'price_id';
 begin
@@ -163,8 +171,8 @@ begin
       jsonb_build_object('account_id', v_checkout.account_id, 'plan', v_current.plan, 'state', v_current.state),
       'change_plan() changes the subscription that there is.');
   elsif v_price is null then
-    v_price := credits._price_of_plan(v_plan.code);
-  elsif credits._is_retired(v_price)
+    v_price := credits._price_of_plan(v_plan.code, null, v_home);
+  elsif credits._is_retired(v_price) or not credits._is_price_of(v_price, v_home)
         or credits._plan_of_price(v_price, (select o.ref from credits.stripe_objects o
                                              where o.kind = 'price' and o.object_id = v_price)) is distinct from v_plan.code then
     v_price := null;
@@ -176,7 +184,7 @@ begin
   end if;
   v_checkout.request_id := credits._request('checkout', v_checkout.checkout_id, 'post', '/v1/checkout/sessions',
     credits._checkout_params(v_checkout, _sell_plan.asked, 'subscription', jsonb_build_object('price', v_price)),
-    v_checkout.account_id);
+    v_checkout.account_id, stripe_account => v_home);
   return credits._keep_checkout(v_checkout);
 end $$;
 

@@ -102,7 +102,8 @@ declare
     'metadata', jsonb_build_object(
       'account_id', (_ask_refund.purchase).account_id, 'purchase_id', (_ask_refund.purchase).purchase_id::text,
       'refund_request_id', v_id, 'reason', case when not v_known then left(nullif(_ask_refund.reason, ''), 500) end))),
-    (_ask_refund.purchase).account_id);
+    (_ask_refund.purchase).account_id,
+    stripe_account => credits._home_of('payment_intent', (_ask_refund.purchase).stripe_payment_intent_id));
 begin
   insert into credits.refund_requests as r (refund_request_id, account_id, purchase_id, key, fingerprint, request_id, amount,
     reason, created_at)

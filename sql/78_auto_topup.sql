@@ -257,7 +257,8 @@ begin
     'automatic_payment_methods', jsonb_build_object('enabled', true, 'allow_redirects', 'never'),
     'confirm', true, 'off_session', true, 'error_on_requires_action', true,
     'metadata', jsonb_build_object('account_id', v_account, 'top_up_id', v_id, 'purchase_id', v_purchase::text,
-                                   'package', v_plan.package, 'quantity', v_plan.quantity::text)), v_account);
+                                   'package', v_plan.package, 'quantity', v_plan.quantity::text)), v_account,
+    stripe_account => credits._home_of('customer', v_plan.customer_id));
   update credits.auto_topups r set check_at = null where r.account_id = v_account;
   perform credits._arm_top_up(v_account);
   perform credits._notify(v_account, 'top_up_started', v_id, jsonb_build_object(

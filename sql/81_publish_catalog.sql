@@ -200,7 +200,8 @@ $$;
 -- Requests ------------------------------------------------------------------------------------------------------------
 
 -- Writes what can be asked for now, of one thing or of all. looked names what was looked for and is not there, written what has
--- just been written: its answer may be of the same second as what is known, and is then settled by a retrieve.
+-- just been written: its answer may be of the same second as what is known, and is then settled by a retrieve. What is new is made in
+-- the own account.
 create or replace function credits._publish_next(
   section text default null,
   code    text default null,
@@ -215,7 +216,8 @@ as $$
       from credits._catalog_differences() d
      where _publish_next.section is null or (d.section, d.code) = (_publish_next.section, _publish_next.code)
   )
-  select credits._request('publish', c.ref, c.method, c.path, c.params)
+  select credits._request('publish', c.ref, c.method, c.path, c.params,
+                          stripe_account => case when d.change <> 'create' then credits._home_of(d.object, d.stripe_id) end)
     from differences d
     cross join lateral credits._publish_call(d, coalesce(d.ref = _publish_next.looked, false)) c
    where d.change is not null

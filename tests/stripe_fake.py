@@ -88,6 +88,8 @@ class StripeFake:
     calls: list[Call] = field(default_factory=list)
     effects: Counter[str] = field(default_factory=Counter)  # how often each idempotency key had its effect
     objects: dict[str, dict[str, Any]] = field(default_factory=dict)
+    homes: dict[str, str] = field(default_factory=dict)  # the connected account of an object; others are the own one's
+    revoked: set[str] = field(default_factory=set)  # connected accounts that took away our access
     fault: Callable[[], str | None] | None = None  # asked once for each request; script() goes first
 
     def __post_init__(self) -> None:
@@ -162,8 +164,12 @@ class StripeFake:
 
     def _execute(self, call: Call) -> tuple[int, dict[str, Any]]:
         found = re.fullmatch(rf"/v1/({'|'.join(KINDS)})(?:/(\w+))?(?:/cancel)?", call.path)
+        if call.account in self.revoked:
+            return error(403, "invalid_request_error", code="account_invalid", message="Access may have been revoked.")
         if wrong := invalid(call.params):
             return error(400, "invalid_request_error", code="parameter_invalid_integer", param=wrong)
+        if stranger := self._stranger(call.params, call.account):
+            return error(400, "invalid_request_error", code="resource_missing", param=stranger)
         if not found:
             return error(404, "invalid_request_error", message="Unrecognized request URL")
         if call.fault in ("402", "500 kept"):
@@ -179,8 +185,8 @@ class StripeFake:
             return 200, self._list(kind, call)
         if not about and (refused := self._conflict(call.params)):
             return refused
-        about = about or self._new(kind, prefix, new, call.params.get("id"))
-        if about not in self.objects:
+        about = about or self._new(kind, prefix, new, call.params.get("id"), call.account)
+        if about not in self.objects or self.homes.get(about) != call.account:
             return error(404, "invalid_request_error", code="resource_missing")
         known = self.objects[about]
         if call.method == "DELETE":
@@ -203,13 +209,24 @@ class StripeFake:
         since = int(asked.pop("created", {}).get("gte", 0))
         found = [
             one for one in reversed(self.objects.values())
-            if one["object"] == kind and one.get("created", since) >= since
-            and all(fits(one, *wanted) for wanted in asked.items())
+            if one["object"] == kind and self.homes.get(one["id"]) == call.account
+            and one.get("created", since) >= since and all(fits(one, *wanted) for wanted in asked.items())
         ]  # fmt: skip
         first = 1 + [one["id"] for one in found].index(after) if after else 0
         page = found[first : first + min(limit, self.page)]
         data = [dict(one) for one in page]
         return {"object": "list", "url": call.path, "has_more": first + len(page) < len(found), "data": data}
+
+    def _stranger(self, params: Any, account: str | None) -> str | None:
+        """The parameter that names an object of another account."""
+        for name, value in params.items() if isinstance(params, dict) else enumerate(params):
+            if isinstance(value, dict | list):
+                inner = self._stranger(value, account) if name != "metadata" else None
+                if inner:
+                    return inner
+            elif value in self.objects and self.homes.get(value) != account:
+                return str(name)
+        return None
 
     def _conflict(self, params: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """An id or a lookup key that is taken; of the latter, unless it is to move."""
@@ -225,8 +242,12 @@ class StripeFake:
             return error(400, "invalid_request_error", code="resource_missing", message="No such product.")
         return None
 
-    def _new(self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None) -> str:
+    def _new(
+        self, kind: str, prefix: str, new: dict[str, Any], chosen: str | None = None, account: str | None = None
+    ) -> str:
         about = chosen or f"{prefix}_{next(self._numbers)}"
+        if account:
+            self.homes[about] = account
         self.objects[about] = {
             "id": about, "object": kind, "created": int(self.clock()), "livemode": False, "metadata": {}, **new,
             **({"url": f"{self.url}/pay/{about}"} if kind.endswith("session") else {}),

@@ -120,6 +120,7 @@ class Objects:
         self.untold = set() if chatty else {*GOSSIP}
         self.now = int(START.timestamp())
         self.page = 10  # elements of a list that are shown at once
+        self.account: str | None = None  # the connected account in which all of it is; it is unknown elsewhere
         self.acts = [Act()]
         self.facts: dict[str, Json] = {}
         self.versions: defaultdict[str, list[tuple[int, Json]]] = defaultdict(list)
@@ -151,6 +152,7 @@ class Objects:
             "id": event_id, "object": "event", "type": event_type, "created": self.now, "livemode": False,
             "api_version": VERSIONS[self.shape], "pending_webhooks": 1,
             "request": {"id": None, "idempotency_key": None}, "data": {"object": after, **previous},
+            **({"account": self.account} if self.account else {}),
         }  # fmt: skip
         self.acts[-1].events.append(Event(event_id, event_type, self.now, json.dumps(event)))
 
@@ -265,8 +267,10 @@ class Objects:
         versions = self.versions.get(object_id, [])
         return next((shown for second, shown in reversed(versions) if second <= at), None)
 
-    def get(self, path: str, params: Json, at: int) -> tuple[int, Json]:
-        """The status and body that GET answers at a second."""
+    def get(self, path: str, params: Json, at: int, account: str | None = None) -> tuple[int, Json]:
+        """The status and body that GET answers at a second, to whom asks in an account."""
+        if account != self.account:
+            return 404, {"error": {"type": "invalid_request_error", "code": "resource_missing", "message": account}}
         if path == "/v1/invoice_payments" and self.payments_apart:
             known = [self.current(name, at) for name in self.versions if name.startswith("inpay_")]
             intent = params["payment"]["payment_intent"]
@@ -705,7 +709,7 @@ def answer(ledger: Ledger, world: World) -> None:
     due = ledger.table("stripe_requests", "state = 'queued' and run_at <= credits.now() order by request_id")
     date = json.dumps({"Date": format_datetime(ledger.now.astimezone(UTC), usegmt=True), "Request-Id": "req_1"})
     for request in due:
-        status, body = world.get(request.path, request.params, int(ledger.now.timestamp()))
+        status, body = world.get(request.path, request.params, int(ledger.now.timestamp()), request.stripe_account)
         arguments = {"request_id": request.request_id, "status": status, "body": json.dumps(body), "headers": date}
         ledger.row("complete_stripe_request", **arguments)
 

@@ -45,6 +45,18 @@ def test_the_reference_is_what_the_comments_say(owner: Connection[Any]) -> None:
     assert page == (ROOT / "docs/reference.md").read_text(), "run: python docs/reference.py DSN > docs/reference.md"
 
 
+def test_the_reference_has_each_comment_whole(owner: Connection[Any]) -> None:
+    page = (ROOT / "docs/reference.md").read_text()
+    comments = owner.execute(
+        "select d.description from pg_description d"
+        "  join pg_class c on c.oid = d.objoid and d.classoid = 'pg_class'::regclass"
+        " where c.relnamespace = any (array['credits'::regnamespace, 'credits_api'::regnamespace]) and d.objsubid > 0"
+        " and c.relkind in ('r', 'v')"
+    ).fetchall()
+    assert len(comments) > 100
+    assert [comment for (comment,) in comments if comment not in page] == []
+
+
 @pytest.mark.parametrize("page", TABLES["PAGES"])
 def test_what_the_manual_shows_of_rows_is_what_they_are(page: str, owner: Connection[Any]) -> None:
     text = (ROOT / page).read_text()

@@ -315,7 +315,7 @@ def test_a_bare_object_keeps_what_is_read(owner: Connection[Any]) -> None:
             read |= set(quoted.strip("{}").split(","))
     row = owner.execute("select credits._bare_names()").fetchone()
     assert row
-    of_events = {"api_version", "error", "previous_attributes", "related_object", "0", "-1", ""}
+    of_events = {"api_version", "context", "error", "previous_attributes", "related_object", "0", "-1", ""}
     let_go = {"default_payment_method", "default_source", "invoice_settings", "url", "status_reason"}
     let_go |= {
         "active",

@@ -129,6 +129,43 @@ def test_functions_of_an_earlier_version_are_no_obstacle(empty_database: Databas
     assert migrate.migrate(empty_database.dsn) == ALL[known:]
 
 
+TOLD = """
+set role credits_owner;
+insert into credits.stripe_endpoints (endpoint, stripe_account) values ('shop', 'acct_1');
+insert into credits.stripe_events (event_id, endpoint, type, stripe_account, object_id, status, received_at, payload)
+select e.id, 'shop', 'x', e.account, e.about, e.status, now(), '{}'
+  from (values ('evt_1', 'acct_1', 'cs_1', 'applied'), ('evt_2', 'acct_1', 'sub_1', 'applied'),
+               ('evt_3', null, 'cs_2', 'applied'), ('evt_4', 'acct_1', 'sub_1', 'applied'),
+               ('evt_5', 'acct_2', 'sub_2', 'ignored')) e (id, account, about, status);
+insert into credits.accounts (account_id) values ('alpha');
+insert into credits.packages (code, name, credits, price, currency) values ('p', 'P', 1, 1, 'usd');
+insert into credits.stripe_customers (customer_id, account_id, bound_by, created_at)
+values ('cus_1', 'alpha', 'evt_1', now()), ('cus_2', 'alpha', 'evt_3', now());
+insert into credits.stripe_objects (kind, object_id, updated_at)
+values ('subscription', 'sub_1', now()), ('subscription', 'sub_2', now()), ('line_items', 'cs_1', now());
+insert into credits.purchases (account_id, package, quantity, credits, amount, currency, stripe_session_id,
+                               stripe_payment_intent_id, created_at)
+values ('alpha', 'p', 1, 1, 1, 'usd', 'cs_1', 'pi_1', now()), ('alpha', 'p', 1, 1, 1, 'usd', 'cs_2', 'pi_2', now());
+"""
+
+
+@ONE_ENGINE
+def test_what_connected_accounts_told_before_they_were_served_is_known(empty_database: Database, home: Path) -> None:
+    for path in (home / "sql").glob("*.sql"):
+        path.unlink()
+    later = ALL[ALL.index("0024.connect") :]
+    for name in later:
+        (home / "migrations" / f"{name}.sql").unlink()
+    migrate.migrate(empty_database.dsn, home)
+    with empty_database.connect(OWNER) as conn:
+        conn.execute(TOLD)
+        conn.commit()
+    assert migrate.migrate(empty_database.dsn) == later
+    with empty_database.admin() as admin:
+        known = admin.execute("select object_id, stripe_account from credits.stripe_homes order by 1").fetchall()
+    assert known == [(about, "acct_1") for about in ("cs_1", "cus_1", "pi_1", "sub_1")]
+
+
 Break = Callable[[Path], None]
 
 

@@ -65,5 +65,5 @@ def test_the_command_exits_with_1_when_something_fails(database: Database) -> No
     env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     ill = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=60)
     assert (ill.returncode, ill.stderr) == (1, "")
-    assert ill.stdout.startswith("pgcredits: 17 ok, 0 to look at, 1 failing\n\nFAIL  audit_is_clean ")
+    assert ill.stdout.startswith("pgcredits: 18 ok, 0 to look at, 1 failing\n\nFAIL  audit_is_clean ")
     assert "To do: pgcredits audit" in ill.stdout

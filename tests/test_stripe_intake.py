@@ -856,7 +856,8 @@ KINDS = {
     "subscription_schedule.updated": "subscription_schedule", "payment_intent.succeeded": "payment_intent",
     "charge.refunded": "charge", "refund.updated": "refund", "charge.dispute.updated": "dispute",
     "product.updated": "product", "price.updated": "price", "customer.updated": "customer",
-    "payment_method.attached": "payment_method",
+    "payment_method.attached": "payment_method", "account.application.authorized": "application",
+    "account.application.deauthorized": "application",
 }  # fmt: skip
 
 

@@ -232,6 +232,20 @@ def test_gossip_and_expanded_references_change_nothing(ledger: Ledger, name: str
     assert_outcome(ledger, outcome)
 
 
+@ONE_ENGINE
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", STORIES)
+def test_it_is_the_same_in_a_connected_account(ledger: Ledger, name: str, shape: Shape) -> None:
+    world, random = World(shape), Random(name)
+    world.account = "acct_1"
+    outcome = STORIES[name](world)
+    ledger.set_stripe_endpoint("default", stripe_account="acct_1")
+    ledger.now = world.moment + MINUTE
+    tell(ledger, world, [shuffled(act.events, random) for act in world.acts])
+    assert_outcome(ledger, outcome)
+    assert ledger.table("stripe_requests", "stripe_account is distinct from 'acct_1'") == []
+
+
 class Mixed(World):
     """Each object in another shape than before: endpoints of two versions tell of the same things."""
 
