@@ -291,14 +291,3 @@ begin
                 (_tell_asker.request).as_of, _tell_asker.said, null, true)::credits.stripe_notice;
   end if;
 end $$;
-
--- The request that a handler of answer.*, failed.* or again.* was told of. Its row is locked.
-create or replace function credits._answered(notice credits.stripe_notice)
-returns credits.stripe_requests
-language sql
-stable
-as $$
-  select r
-    from credits.stripe_requests r
-   where r.request_id = substr((_answered.notice).event_id, length('request:') + 1)::bigint
-$$;

@@ -1,4 +1,5 @@
--- An answer of Stripe as it comes over the wire: its text, its headers, the second for which it speaks, and what of it is kept.
+-- An answer of Stripe as it comes over the wire: its text, its headers, the second for which it speaks, what of it is kept, and
+-- the request that it answers.
 
 create or replace function credits._read_answer(body text)
 returns jsonb
@@ -76,3 +77,14 @@ begin
   end if;
   return _without_secrets.answer;
 end $$;
+
+-- The request that a handler of answer.*, failed.* or again.* was told of. Its row is locked.
+create or replace function credits._answered(notice credits.stripe_notice)
+returns credits.stripe_requests
+language sql
+stable
+as $$
+  select r
+    from credits.stripe_requests r
+   where r.request_id = substr((_answered.notice).event_id, length('request:') + 1)::bigint
+$$;
