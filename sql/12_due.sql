@@ -152,7 +152,8 @@ begin
   return query
     select g.grant_id, g.kind, g.scope, g.expires_at,
            case when g.expires_at <= _lots_at.at then 0
-                else g.remaining + coalesce(f.returned, 0) - coalesce(f.paid, 0) end,
+                else greatest(0, g.remaining + coalesce(f.returned, 0) - coalesce(f.paid, 0)
+                                 - case g.status when 'pending' then credits._claim_ahead(g, false) else 0 end) end,
            g.held - coalesce(f.returned, 0)
       from credits.grants g
       left join (select d.grant_id,
@@ -170,7 +171,8 @@ begin
     select r.* from credits._rolled_over(_lots_at.balance, _lots_at.at) r;
 end $$;
 
--- The present months of an account's plans that nobody has booked, less what they pay of a debt.
+-- The present months of an account's plans that nobody has booked, less what they pay of a debt and what is claimed of them.
+drop function if exists credits._paid_by_months(credits.balances, text[], timestamptz);
 create or replace function credits._silent_month(
   balance credits.balances,
   at      timestamptz
@@ -184,11 +186,11 @@ begin
     return;
   end if;
   return query
-    select null::bigint, 'plan'::credits.grant_kind, null::text[], max(m.period_end),
-           sum(m.amount) - credits._paid_by_months(_silent_month.balance, array_agg(m.key), _silent_month.at), 0::numeric
+    select null::bigint, 'plan'::credits.grant_kind, null::text[], m.period_end,
+           greatest(0, m.amount - coalesce(d.paid, 0) - credits._claimed(m.invoice_id, m.amount, false)), 0::numeric
       from credits._silent_months(_silent_month.balance, _silent_month.at) m
-     where m.period_end > _silent_month.at
-    having count(*) > 0;
+      left join credits._freed_at(_silent_month.balance, _silent_month.at) d on d.month_key = m.key
+     where m.period_end > _silent_month.at;
 end $$;
 
 -- Months that have begun and that nobody has booked, also those that are over: only the next one is there as a pending grant,
@@ -218,20 +220,6 @@ as $$
                       where g.account_id = (_silent_months.balance).account_id and g.key = m.key)
 $$;
 
-create or replace function credits._paid_by_months(
-  balance credits.balances,
-  keys    text[],
-  at      timestamptz
-)
-returns numeric
-language sql
-stable
-as $$
-  select coalesce(sum(d.paid), 0)
-    from credits._freed_at(_paid_by_months.balance, _paid_by_months.at) d
-   where d.month_key = any (_paid_by_months.keys)
-$$;
-
 -- The credits that become free between the last booking and the moment, and the debt that each of them pays. Those of months that
 -- nobody has booked are of no grant.
 create or replace function credits._freed_at(
@@ -254,11 +242,12 @@ begin
        where r.account_id = (_freed_at.balance).account_id and r.status = 'open'
          and r.expires_at between (_freed_at.balance).next_due_at and _freed_at.at
       union all
-      select g.effective_at, 2, null, g.grant_id, g.grant_id, g.remaining, false, null
+      select g.effective_at, 2, null, g.grant_id, g.grant_id, greatest(0, g.remaining - credits._claim_ahead(g, true)),
+             false, null
         from credits.grants g
        where g.account_id = (_freed_at.balance).account_id and g.status = 'pending' and g.effective_at <= _freed_at.at
       union all
-      select m.period_start, 3, null, null, null, m.amount, false, m.key
+      select m.period_start, 3, null, null, null, m.amount - credits._claimed(m.invoice_id, m.amount, true), false, m.key
         from credits._silent_months(_freed_at.balance, _freed_at.at) m
     )
     select f.grant_id, f.amount, f.returned,

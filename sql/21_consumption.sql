@@ -190,13 +190,16 @@ begin
     end if;
   end if;
 
-  for v_grant in
-    select g.grant_id
-      from credits.grants g
-     where g.account_id = _tidy.account_id and g.status = 'active' and g.remaining > 0 and g.expires_at <= _tidy.at
-     order by g.expires_at, g.grant_id
-  loop
-    v_balance := credits._expire_grant(v_balance, v_grant);
+  loop  -- what has ended may bring more that has: it rolls over
+    for v_grant in
+      select g.grant_id
+        from credits.grants g
+       where g.account_id = _tidy.account_id and g.status = 'active' and g.remaining > 0 and g.expires_at <= _tidy.at
+       order by g.expires_at, g.grant_id
+    loop
+      v_balance := credits._expire_grant(v_balance, v_grant);
+    end loop;
+    exit when not found;
   end loop;
   return case when v_balance.low_at is null then v_balance else credits._watch_balance(_tidy.account_id) end;
 end $$;

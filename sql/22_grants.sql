@@ -185,7 +185,7 @@ begin
     coalesce(_grant.effective_at, v_now), _grant.expires_at, _grant.priority, _grant.description, _grant.scope,
     _grant.source, _grant.cost, _grant.cost_currency, _grant.key, _grant.fingerprint, _grant.metadata, _grant.as_of);
   if v_grant.status = 'active' then
-    perform credits._start_grant(credits._balance(_grant.account_id), v_grant.grant_id);
+    perform credits._start_grant(credits._balance(_grant.account_id), v_grant.grant_id, coalesce(_grant.as_of, v_now));
   end if;
   return credits._grant_result(v_grant, false);
 end $$;

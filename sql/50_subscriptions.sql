@@ -132,15 +132,15 @@ declare
   v_sub credits.subscriptions;
 begin
   select s.* into v_sub
-    from credits.subscriptions s
+    from credits.subscriptions o,
+         lateral (select i.* from credits._internal_at(o, _leading_subscription.at) i where o.source = 'internal'
+                  union all
+                  select o.* where o.source <> 'internal') s
     join credits.subscription_states t on t.state = s.state
-   where s.account_id = _leading_subscription.account_id
+   where o.account_id = _leading_subscription.account_id
    order by case when s.source = 'internal' and not t.terminal then 60 else t.rank end, s.period_end desc nulls first,
             s.created_at desc, s.subscription_id
    limit 1;
-  if v_sub.source = 'internal' then
-    v_sub := credits._internal_at(v_sub, _leading_subscription.at);
-  end if;
   return v_sub;
 end $$;
 

@@ -49,6 +49,8 @@ begin
   if _grant_slice.expires_at <= _grant_slice.at then  -- it comes after its time: what is left of it goes on as well
     perform credits._roll_over(_grant_slice.account_id, _grant_slice.subscription_id, _grant_slice.expires_at);
   end if;
+  perform credits._tidy(_grant_slice.account_id, _grant_slice.at)
+    where _grant_slice.period_start < _grant_slice.at;  -- what rolled over may have ended as well
   return credits._effect('grant', _grant_slice.account_id, v_grant.amount, jsonb_build_object('key', _grant_slice.key));
 end $$;
 

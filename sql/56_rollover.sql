@@ -1,8 +1,9 @@
 -- What happens to the grants of a subscription when their time turns: the next is planned, unspent credits roll over, refunds
 -- take their share, and what came after the end goes again.
 
--- Months that have begun and turn out to be worth less, because the subscription had ended before them, or a line had given
--- back before them, and that became known late: what is unspent of the difference goes again, from the latest grant first.
+-- Months that have begun and turn out to be worth less, because the subscription had ended or stood still before them, or a line
+-- had given back before them, and that became known late: what is unspent of the difference goes again, from the latest grant
+-- first. If it goes on after all, _make_up_slices() brings them.
 create or replace function credits._take_back_slices(account_id text)
 returns void
 language plpgsql
@@ -20,7 +21,7 @@ begin
       join credits.allowances a on a.account_id = p.account_id and a.allowance_id = p.allowance_id
       left join credits.clawbacks c on c.account_id = p.account_id and c.grant_id = p.grant_id
       left join credits.subscriptions s on s.account_id = p.account_id and s.subscription_id = p.subscription_id,
-           lateral (select case when p.period_start >= s.ended_at then 0
+           lateral (select case when p.period_start >= s.ended_at or credits._stood_still(s, p.period_start) then 0
                                 else credits._slice_credits(a, p.period_start) end as credits,
                            (select sum(h.amount - n.moved)
                               from credits.plan_grants n
@@ -45,6 +46,23 @@ begin
     perform credits._grant_period(v_plan.account_id, v_plan.subscription_id, v_plan.period_end);  -- others may have room now
   end loop;
 end $$;
+
+-- Whether a subscription of Stripe that stands still did so before a moment, by the last word of it.
+create or replace function credits._stood_still(
+  subscription credits.subscriptions,
+  at           timestamptz
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (
+    select from credits.subscription_states t
+      join credits.stripe_objects o on o.kind = 'subscription' and o.object_id = (_stood_still.subscription).subscription_id
+     where t.state = (_stood_still.subscription).state and not t.terminal
+       and (not t.may_receive or (_stood_still.subscription).collection_paused)
+       and to_timestamp(o.as_of) < _stood_still.at)
+$$;
 
 -- The plan of the month that ended at a moment, which says what of it rolls over, whatever plan has come since: of Stripe's
 -- that of the newest line that was paid for it, since what else is known depends on the order of events.
@@ -113,7 +131,8 @@ begin
   if v_target > v_done and v_next is not null then  -- what is too much for one grant comes with the next: a grant asks again
     perform credits._grant_slice(_roll_over.account_id, _roll_over.subscription_id, 'rollover', null, 0,
       least(v_target - v_done, 999999999999.999999), 'plan', v_plan.code, _roll_over.at, v_next, v_next,
-      format('rollover:%s:%s:%s', _roll_over.subscription_id, floor(extract(epoch from _roll_over.at)), trim_scale(v_done)));
+      format('rollover:%s:%s:%s', _roll_over.subscription_id, floor(extract(epoch from _roll_over.at)), trim_scale(v_done)),
+      _roll_over.at);  -- or all that has ended since would end now, and nothing be taken of it at its time
   end if;
 end $$;
 
@@ -177,6 +196,6 @@ returns jsonb
 language sql
 as $$
   select credits._claw_back(_claw_slice.account_id, (_claw_slice.slice).grant_id, 'invoice', (_claw_slice.slice).invoice_id,
-                            credits._share(t.refunded + t.lost, t.captured), credits._share(t.refunded + t.lost + t.open, t.captured))
+                            credits._firm_share(t), credits._full_share(t))
     from credits._payment_totals('invoice', (_claw_slice.slice).invoice_id) t
 $$;

@@ -32,7 +32,9 @@ begin
 end $$;
 
 -- What rolls over into the last month of a subscription by a moment and is not booked: from each month to the next, beginning
--- with the first of which a hold has come back, or that began when more was due, with what nobody has booked of them.
+-- with the first of which a hold has come back, or that began when more was due, with what nobody has booked of them. Lines
+-- may overlap, and their months end at different times: each rolls over into that which begins when it ends.
+drop function if exists credits._carried(credits.subscriptions, credits.freed_slice[], credits.wanted_slice[], timestamptz, timestamptz);
 create or replace function credits._carried(
   subscription credits.subscriptions,
   freed        credits.freed_slice[],
@@ -40,7 +42,7 @@ create or replace function credits._carried(
   due_at       timestamptz,
   at           timestamptz
 )
-returns credits.lot
+returns setof credits.lot
 language plpgsql
 stable
 as $$
@@ -49,8 +51,8 @@ declare
   v_back  timestamptz[] := array(select b.ended_at from credits._back_from(v_sub, _carried.freed) b (ended_at));
   v_month record;
   v_plan  credits.plans;
-  v_until timestamptz;  -- the end of the month before
-  v_carry numeric := 0;
+  v_lots  credits.lot[];  -- what rolls over into each month
+  v_carry numeric;
 begin
   for v_month in
     select m.period_start, min(m.period_end) filter (where not m.rolled) as period_end,
@@ -65,17 +67,18 @@ begin
      group by m.period_start
      order by m.period_start
   loop
-    v_carry := case v_until when v_month.period_start then v_carry else 0 end;
+    v_carry := coalesce((select sum(l.remaining) from unnest(v_lots) l where l.expires_at = v_month.period_start), 0);
     if v_carry > 0 or v_month.period_start >= _carried.due_at or v_month.period_start = any (v_back) then
       v_carry := v_carry + credits._unspent(v_sub, v_month.period_start, _carried.freed)
                  + credits._unspent_silent(_carried.silent, v_month.period_start, _carried.freed);
       v_plan  := credits._plan_until(v_sub, v_month.period_start);
-      v_carry := case v_plan.rollover when 'none' then 0
-                                      else greatest(0, least(v_carry, v_plan.rollover_cap) - v_month.carried) end;
+      v_carry := case coalesce(v_plan.rollover, 'none')
+                   when 'none' then 0
+                   else greatest(0, least(v_carry, v_plan.rollover_cap) - v_month.carried) end;
+      v_lots  := v_lots || row(null, 'plan', null, v_month.period_end, v_carry, 0)::credits.lot;
     end if;
-    v_until := v_month.period_end;
   end loop;
-  return row(null, 'plan', null, v_until, v_carry, 0)::credits.lot;
+  return query select l.* from unnest(v_lots) l;
 end $$;
 
 -- What is left of months that nobody has booked and that end at a boundary.
@@ -88,7 +91,7 @@ returns numeric
 language sql
 stable
 as $$
-  select coalesce(sum(w.amount - coalesce(d.paid, 0)), 0)
+  select coalesce(sum(greatest(0, w.amount - coalesce(d.paid, 0) - credits._claimed(w.invoice_id, w.amount, false))), 0)
     from unnest(_unspent_silent.silent) w
     left join unnest(_unspent_silent.freed) d on d.month_key = w.key
    where w.period_end = _unspent_silent.ends
@@ -105,7 +108,8 @@ returns numeric
 language sql
 stable
 as $$
-  select coalesce(sum(g.expired + g.remaining + coalesce(f.free, 0)), 0)
+  select coalesce(sum(g.expired + greatest(0, g.remaining + coalesce(f.free, 0)
+                                              - case g.status when 'pending' then credits._claim_ahead(g, false) else 0 end)), 0)
     from credits.plan_grants p
     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id and g.kind = 'plan'
     left join (select d.grant_id, sum(case when d.returned then d.amount else 0 end - d.paid) as free

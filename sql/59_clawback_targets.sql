@@ -69,6 +69,41 @@ as $$
                       where p.account_id = (_bought.lot).account_id and p.grant_id = (_bought.lot).grant_id), 0)
 $$;
 
+-- What refunds and disputes take of a month as soon as it begins, for reads of what nobody has booked: firm, before it pays a
+-- debt; else with what open disputes take of the rest.
+create or replace function credits._claimed(
+  invoice_id text,
+  amount     numeric,
+  firm       boolean
+)
+returns numeric
+language plpgsql
+stable
+as $$
+declare
+  v_totals credits.payment_totals;
+begin
+  if _claimed.invoice_id is null then
+    return 0;
+  end if;
+  v_totals := credits._payment_totals('invoice', _claimed.invoice_id);
+  return round(_claimed.amount * case when _claimed.firm then credits._firm_share(v_totals) else credits._full_share(v_totals) end, 6);
+end $$;
+
+-- The same of a grant that nobody has started.
+create or replace function credits._claim_ahead(
+  lot  credits.grants,
+  firm boolean
+)
+returns numeric
+language sql
+stable
+as $$
+  select coalesce(sum(credits._claimed(p.invoice_id, (_claim_ahead.lot).amount, _claim_ahead.firm)), 0)
+    from credits.plan_grants p
+   where p.account_id = (_claim_ahead.lot).account_id and p.grant_id = (_claim_ahead.lot).grant_id
+$$;
+
 -- Takes more of a grant; what was spent of it becomes debt if the claim is firm. Nobody can take what has expired.
 create or replace function credits._claw(
   clawback credits.clawbacks,

@@ -33,8 +33,7 @@ begin
     order by 1
   loop
     v_effects := v_effects || credits._claw_back(_settle_source.account_id, v_grant, _settle_source.source_kind,
-      _settle_source.source_id, credits._share(v_totals.refunded + v_totals.lost, v_totals.captured),
-      credits._share(v_totals.refunded + v_totals.lost + case when v_account then 0 else v_totals.open end, v_totals.captured));
+      _settle_source.source_id, credits._firm_share(v_totals), credits._full_share(v_totals));
   end loop;
 
   perform credits._settle_purchase(p, v_totals)
@@ -155,3 +154,47 @@ begin
     perform credits._set_account_status(v_account.account_id, 'active', null);
   end if;
 end $$;
+
+-- The share of what was captured that is to come back. A purchase without a charge has nothing to give back.
+create or replace function credits._share(
+  part  bigint,
+  whole bigint
+)
+returns numeric
+language sql
+immutable
+as $$
+  select case when _share.whole > 0 then least(1, _share.part::numeric / _share.whole) else 0 end
+$$;
+
+-- What has gone back for good.
+create or replace function credits._firm_share(totals credits.payment_totals)
+returns numeric
+language sql
+immutable
+as $$
+  select credits._share((_firm_share.totals).refunded + (_firm_share.totals).lost, (_firm_share.totals).captured)
+$$;
+
+-- The same with what open disputes ask for, unless they freeze the account instead.
+create or replace function credits._full_share(totals credits.payment_totals)
+returns numeric
+language sql
+stable
+as $$
+  select credits._share((_full_share.totals).refunded + (_full_share.totals).lost
+                        + case when credits._setting('dispute_freezes') = '"account"' then 0 else (_full_share.totals).open end,
+                        (_full_share.totals).captured)
+$$;
+
+create or replace function credits._is_refunded(
+  source_kind text,
+  source_id   text
+)
+returns boolean
+language sql
+stable
+as $$
+  select credits._firm_share(t) >= 1
+    from credits._payment_totals(_is_refunded.source_kind, _is_refunded.source_id) t
+$$;

@@ -1,6 +1,7 @@
 -- What refunds and disputes take back. The target follows from what is known of a payment, never from one event, so order,
 -- repeats, partial refunds, failed refunds and late wins need no case of their own.
--- Keeps invariant 9: what was clawed back equals its target. Lock order: the charge's row, the payment's row, then the account.
+-- Keeps invariant 9: what was clawed back equals its target. Lock order: the charge's row, the payment's row, the account, then
+-- the row of the refund or the dispute.
 
 create or replace function credits._on_charge(notice credits.stripe_notice)
 returns credits.handler_result
@@ -9,7 +10,7 @@ as $$
 declare
   v_charge  credits.charge_shape := credits._shape_charge((_on_charge.notice).object);
   v_payment text := coalesce(v_charge.payment_intent_id, v_charge.charge_id);
-  v_before  bigint := credits._disputed_of_invoice(v_payment);
+  v_before  bigint := credits._before_payment(v_payment, v_charge.charge_id);
   v_current boolean := credits._mirror(_on_charge.notice, v_payment);
   v_effects jsonb := credits._payment_changed(v_payment, v_charge.refunded > 0);
 begin
@@ -24,9 +25,12 @@ as $$
 declare
   v_refund  credits.refund_shape := credits._shape_refund((_on_refund.notice).object);
   v_payment text := credits._payment_of_charge(v_refund.charge_id, v_refund.payment_intent_id);
-  v_current boolean := credits._mirror(_on_refund.notice, coalesce(v_refund.charge_id, v_refund.payment_intent_id));
-  v_effects jsonb := credits._payment_changed(v_payment, true);
+  v_current boolean;
+  v_effects jsonb;
 begin
+  perform credits._before_payment(v_payment);
+  v_current := credits._mirror(_on_refund.notice, coalesce(v_refund.charge_id, v_refund.payment_intent_id));
+  v_effects := credits._payment_changed(v_payment, true);
   perform credits._note_refund(v_refund);
   perform credits._tell_payment(v_payment, case v_refund.status when 'succeeded' then 'refund' else 'refund_failed' end,
                                 v_refund.refund_id, v_refund.amount, v_refund.currency, v_refund.status)
@@ -41,7 +45,7 @@ as $$
 declare
   v_dispute credits.dispute_shape := credits._shape_dispute((_on_dispute.notice).object);
   v_payment text := credits._payment_of_charge(v_dispute.charge_id, v_dispute.payment_intent_id);
-  v_before  bigint := credits._disputed_of_invoice(v_payment);
+  v_before  bigint := credits._before_payment(v_payment);
   v_current boolean := credits._mirror(_on_dispute.notice, coalesce(v_dispute.charge_id, v_dispute.payment_intent_id));
   v_effects jsonb := credits._payment_changed(v_payment, true);
 begin
@@ -147,6 +151,34 @@ begin
   end if;
 end $$;
 
+-- Before something becomes known of a payment: what has fallen due is booked by what was known until now, or a month that had
+-- begun would not come after all, and nothing roll over into it. Answers what is disputed of the invoice that it paid.
+create or replace function credits._before_payment(
+  payment_id text,
+  charge_id  text default null
+)
+returns bigint
+language plpgsql
+as $$
+begin
+  perform credits._touch('charge', _before_payment.charge_id, _before_payment.payment_id)
+    where _before_payment.charge_id is not null;
+  perform credits._lock_account((credits._touch_payment(_before_payment.payment_id)).account_id)
+    from credits.stripe_payments p
+   where p.payment_id = _before_payment.payment_id and p.source_kind is not null;
+  return credits._disputed_of_invoice(_before_payment.payment_id);
+end $$;
+
+create or replace function credits._touch_payment(payment_id text)
+returns credits.stripe_payments
+language sql
+as $$
+  insert into credits.stripe_payments as p (payment_id, created_at)
+  values (_touch_payment.payment_id, credits.now())
+  on conflict on constraint stripe_payments_pkey do update set payment_id = excluded.payment_id
+  returning p.*
+$$;
+
 -- Something became known of a payment. Its row is written before it is read, so of two halves the later sees both. Where it
 -- claims credits and nobody has said what it paid for, Stripe is asked: the link of an invoice is an event of its own.
 create or replace function credits._payment_changed(
@@ -162,10 +194,7 @@ begin
   if _payment_changed.payment_id is null then
     return null;
   end if;
-  insert into credits.stripe_payments as p (payment_id, created_at)
-  values (_payment_changed.payment_id, credits.now())
-  on conflict on constraint stripe_payments_pkey do update set payment_id = excluded.payment_id
-  returning p.* into v_payment;
+  v_payment := credits._touch_payment(_payment_changed.payment_id);
   if v_payment.source_kind is null then
     perform credits._request_object('invoice_payments', _payment_changed.payment_id)
       where _payment_changed.claims and not exists (  -- Stripe lists them by payment intent alone
@@ -231,27 +260,3 @@ begin
       left join refunds r on r.payment_id = p.payment_id
       left join disputes d on d.payment_id = p.payment_id);
 end $$;
-
--- The share of what was captured that is to come back. A purchase without a charge has nothing to give back.
-create or replace function credits._share(
-  part  bigint,
-  whole bigint
-)
-returns numeric
-language sql
-immutable
-as $$
-  select case when _share.whole > 0 then least(1, _share.part::numeric / _share.whole) else 0 end
-$$;
-
-create or replace function credits._is_refunded(
-  source_kind text,
-  source_id   text
-)
-returns boolean
-language sql
-stable
-as $$
-  select credits._share(t.refunded + t.lost, t.captured) >= 1
-    from credits._payment_totals(_is_refunded.source_kind, _is_refunded.source_id) t
-$$;

@@ -26,6 +26,7 @@ from ledger_support import (
 from psycopg import Connection
 from psycopg.types.json import Jsonb
 from servers import Database
+from stripe_world import World
 
 COMPLETED = "checkout.session.completed"
 
@@ -553,6 +554,19 @@ def test_an_open_dispute_freezes_the_account_and_its_end_lets_go(freezing: Ledge
     assert status(ledger) == "frozen"
     say(ledger, dispute(end))
     assert (status(ledger), ledger.available()) == ("active", 1000 if end == "won" else 0)
+
+
+def test_a_month_that_begins_while_a_dispute_freezes_the_account_keeps_its_credits(freezing: Ledger) -> None:
+    ledger, world = freezing, World("old")
+    world.numbers.update(pi=1, ch=1)
+    world.dispute(world.first_invoice(world.subscribe("alpha", "year")))
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    assert (status(ledger), ledger.available()) == ("frozen", 2000)
+    ledger.now += 31 * DAY
+    assert ledger.available() == 2000
+    ledger.grant(1)
+    assert ledger.available() == 2001
 
 
 def test_what_an_operator_froze_stays_frozen(freezing: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from random import Random
+from typing import Literal
 
 from stripe_world import World
 
@@ -142,3 +143,45 @@ class Chance:
 
     def close(self) -> None:
         self.world.close(self.disputes.pop(), self.random.choice(["won", "lost"]))
+
+
+class Years(Chance):
+    """The same with years, which are paid out month by month, and with more rest: weeks pass, a subscription sleeps."""
+
+    def pass_time(self) -> None:
+        super().pass_time()
+        if self.random.random() < 0.4 and self.lasts(hours=1100):
+            self.world.wait(hours=1000)
+
+    def lasts(self, hours: int) -> bool:
+        """Whether the subscription's period goes on for so long."""
+        return bool(self.subscription) and self.world.facts[self.subscription]["end"] - self.world.now > hours * 3600
+
+    def possible(self) -> list[Callable[[], None]]:
+        known = self.world.facts.get(self.subscription, {"status": ""})
+        if known["status"] == "paused":
+            return [self.wake, self.wake, self.cancel, self.buy, *([self.refund] if self.paid else [])]
+        rests = known["status"] == "active" and not self.owed and not known["cancel_at_period_end"]
+        return super().possible() + ([self.sleep, self.waver, self.change_years] if rests else [])
+
+    def subscribe(self) -> None:
+        prices = self.random.choice([["year"], ["year", "calls"], ["large_year"], ["quarter"], ["basic"]])
+        self.subscription = self.world.subscribe("alpha", *prices, coupon=self.random.choice([0, 0, 50]))
+        self.remember(self.world.first_invoice(self.subscription))
+
+    def change_years(self) -> None:
+        price = self.random.choice(["year", "large_year"])
+        bill: Literal["now", "apart"] = self.random.choice(["now", "apart"])
+        self.remember(self.world.change(self.subscription, price, quantity=self.random.randint(1, 3), bill=bill))
+
+    def waver(self) -> None:
+        """A payment is missing for a while."""
+        self.world.move(self.subscription, "past_due")
+        self.world.wait(hours=self.random.choice([0, 50, 300]) if self.lasts(hours=400) else 0)
+        self.world.move(self.subscription, "active")
+
+    def sleep(self) -> None:
+        self.world.pause(self.subscription)
+
+    def wake(self) -> None:
+        self.remember(self.world.resume(self.subscription))
