@@ -84,7 +84,12 @@ def test_what_was_brought_in_is_known_also_after_its_end_and_without_its_plan(le
     ledger.now += 2 * DAY
     ledger.book()
     ledger.change("update credits.plans set active = false where code = 'free'")
-    others = [row("3", plan="free"), {**rows[1], "key": "4"}, {**rows[1], "amount": 11}, {**rows[1], "expires_at": "soon"}]
+    others = [
+        row("3", plan="free"),
+        {**rows[1], "key": "4"},
+        {**rows[1], "amount": 11},
+        {**rows[1], "expires_at": "soon"},
+    ]
     with ledger.unchanged():
         answers = ledger.import_opening_balances([*rows, *others])
     assert [(r.status, r.replayed) for r in answers[:2]] == [(200, True)] * 2
