@@ -195,7 +195,8 @@ class Storm:
         lots = defaultdict(list)
         for lot in self.server.query(
             "select g.source, g.account_id, g.amount, coalesce(c.taken + c.owed, 0) as back, c.target,"
-            " p.amount_refunded, p.amount_disputed from credits.grants g left join credits.clawbacks c using (account_id, grant_id)"
+            " p.amount_refunded, p.amount_disputed from credits.grants g"
+            " left join credits.clawbacks c using (account_id, grant_id)"
             " left join credits.purchases p using (account_id, grant_id)"
             " where g.source ~ '^(checkout|top_up|invoice):'"
         ):
