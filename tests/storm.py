@@ -4,6 +4,7 @@ Stripe keeps books of its own and misbehaves. Its post comes late, twice, in any
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,9 +107,10 @@ class Server:
         return False
 
     def close(self) -> None:
-        """Stop it."""
+        """Stop it, and remove its data."""
         for one in self._started:
             one.stop()
+        shutil.rmtree(self._base, ignore_errors=True)
 
 
 # Opens doors by fork, so that one is there within milliseconds. Nobody waits for those that are killed.

@@ -233,6 +233,13 @@ class Storm:
                 if (entry := entries.get((account, seq))) is None or amount not in (None, entry.amount):
                     yield answer, entry
         yield from (entries[place] for place, times in answered.items() if times > 1)
+        granted = {  # one that starts later has no entry yet
+            (answer.arguments["account_id"], answer.arguments["key"])
+            for customer in self.customers for answer in customer.answers
+            if answer.verb == "grant_credits" and answer.rows
+        }  # fmt: skip
+        lots = self.server.query("select account_id, key from credits.grants where source is null and key <> 'start'")
+        yield from granted ^ {(lot.account_id, lot.key) for lot in lots}
         for place, entry in entries.items():
             if place not in answered and entry.kind in {*TAKEN, "refund"}:
                 yield "never answered", entry
