@@ -116,7 +116,7 @@ class Storm:
     def kill(self, luck: Random) -> None:
         """The hand that kills: mostly sessions, now and then a door, rarely the server."""
         ways: dict[Callable[[Random], int], int] = {
-            self.server.end_sessions: 75, self.doors.kill: 17, self.server.kill_session: 4, self.server.kill: 4,
+            self.server.end_sessions: 70, self.doors.kill: 17, self.server.kill_session: 5, self.server.kill: 8,
         }  # fmt: skip
         for _ in self.every(0.3, luck):
             (way,) = luck.choices([*ways], [*ways.values()])
