@@ -123,7 +123,8 @@ begin
 end $$;
 
 -- wrong and closed are refused, and what ended while the locks were waited for; known was brought in before, or earlier in this
--- call; alone is an account with debt or scoped credits, which a grant has to look at; all others are fresh.
+-- call, whatever its end or its plan is by now; alone is an account with debt or scoped credits, which a grant has to look at;
+-- all others are fresh.
 drop function if exists credits._mark_import(credits.import_row[]);
 create or replace function credits._mark_import(
   input credits.import_row[],
@@ -147,7 +148,11 @@ begin
       from unnest(_mark_import.input) r
       left join credits.grants g on g.account_id = r.account_id and g.key = 'import:' || r.key
       left join credits.balances b on b.account_id = r.account_id,
-           lateral (select coalesce(r.argument, case when r.expires_at <= _mark_import.at then 'expires_at' end) as argument) l
+           lateral (select r.expires_at <= _mark_import.at and credits._is_moment(r.expires_at) as ended) t,
+           lateral (select case when g.grant_id is not null and (r.argument = 'plan' or r.argument = 'expires_at' and t.ended)
+                                then null
+                                else coalesce(r.argument, case when t.ended and g.grant_id is null then 'expires_at' end)
+                           end as argument) l
      order by r.position);
 end $$;
 

@@ -77,6 +77,25 @@ def test_a_row_that_is_wrong_says_where_and_stops_no_other(ledger: Ledger) -> No
     assert ledger.available() == 10
 
 
+def test_what_was_brought_in_is_known_also_after_its_end_and_without_its_plan(ledger: Ledger) -> None:
+    ledger.load_demo_catalog()
+    rows = [row("1", plan="free"), row("2", expires_at=(NOON + DAY).isoformat())]
+    assert [r.status for r in ledger.import_opening_balances(rows)] == [200, 200]
+    ledger.now += 2 * DAY
+    ledger.book()
+    ledger.change("update credits.plans set active = false where code = 'free'")
+    others = [
+        row("3", plan="free"),
+        {**rows[1], "key": "4"},
+        {**rows[1], "amount": 11},
+        {**rows[1], "expires_at": "soon"},
+    ]
+    with ledger.unchanged():
+        answers = ledger.import_opening_balances([*rows, *others])
+    assert [(r.status, r.replayed) for r in answers[:2]] == [(200, True)] * 2
+    assert [r.status for r in answers[2:]] == [400, 400, 409, 400]
+
+
 def test_keys_closed_accounts_and_debts(ledger: Ledger) -> None:
     ledger.open("alpha")
     ledger.open("closed")
