@@ -30,14 +30,14 @@ comment on column credits.stripe_requests.stripe_account is 'The connected accou
 -- What connected accounts have told so far, if there are any: the objects of their events, and what these name. A product or price
 -- of which the own account told as well is its own, since their ids may be chosen.
 insert into credits.stripe_homes (kind, object_id, stripe_account)
-with event as (
+with event as materialized (
   select e.event_id, e.object_id, e.stripe_account
     from credits.stripe_events e
    where e.stripe_account is not null and e.status = 'applied'
      and exists (select from credits.stripe_endpoints p where p.stripe_account is not null)),
 told as materialized (
-  select distinct o.kind, o.object_id, o.snapshot, e.stripe_account
-    from event e
+  select o.kind, o.object_id, o.snapshot, e.stripe_account
+    from (select distinct e.object_id, e.stripe_account from event e) e
     join credits.stripe_objects o on o.object_id = e.object_id
    where o.kind in ('customer', 'product', 'price', 'subscription', 'subscription_schedule', 'invoice', 'charge', 'refund',
                     'dispute', 'payment_intent', 'payment_method'))
@@ -74,8 +74,9 @@ select distinct on (h.kind, h.object_id) h.kind, h.object_id, h.stripe_account
                lateral (values ('checkout.session', p.stripe_session_id), ('payment_intent', p.stripe_payment_intent_id),
                                ('customer', p.stripe_customer_id)) i (kind, object_id)) h
  where h.object_id is not null
-   and not (h.kind in ('product', 'price')
-            and exists (select from credits.stripe_events o where o.object_id = h.object_id and o.stripe_account is null))
+   and (h.kind not in ('product', 'price')
+        or h.object_id not in (select o.object_id from credits.stripe_events o
+                                where o.stripe_account is null and o.object_id is not null))
  order by h.kind, h.object_id, h.stripe_account;
 
 -- What waits to be asked is asked there.
@@ -85,3 +86,9 @@ update credits.stripe_requests r
  where r.state = 'queued' and (r.method = 'get' or r.first_sent_at is null)
    and h.object_id = case r.purpose when 'retrieve' then split_part(r.ref, ':', 2)
                                     else coalesce(r.params ->> 'customer', r.params ->> 'payment_intent', r.ref) end;
+
+update credits.stripe_requests r
+   set stripe_account = e.stripe_account
+  from credits.stripe_events e
+ where r.state = 'queued' and r.purpose = 'retrieve' and r.stripe_account is null
+   and e.status = 'parked' and e.waits_for = r.ref and e.stripe_account is not null;

@@ -521,6 +521,33 @@ def test_that_the_own_account_is_refused_disconnects_nobody(ledger: Ledger) -> N
     assert (health(ledger), news(ledger), ledger.table("stripe_disconnections")) == ("ok", [], [])
 
 
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_run_goes_on_with_the_next_account_where_one_lets_us_in_no_more(ledger: Ledger, status: int) -> None:
+    ledger.set_stripe_endpoint("other", stripe_account=OTHER)
+    ledger.reconcile_stripe()
+    empty = {"object": "list", "data": [], "has_more": False}
+    for _ in range(3):
+        answer(ledger, empty)
+    tell(ledger, GONE, APPLICATION) if status == 500 else None  # it was heard meanwhile, and Stripe fails
+    for _ in range(20):
+        answer(ledger, REVOKED, status)
+        if asked(ledger)[-1][2] == OTHER:
+            break
+    for _ in range(3):
+        answer(ledger, empty)
+    run = ledger.get_reconciliation()
+    assert (run.state, run.error, news(ledger)) == ("done", None, [SHOP])
+    assert [row[2] for row in asked(ledger)] == [None] * 3 + [SHOP] + [OTHER] * 3
+
+
+def test_a_run_ends_with_the_last_account_though_that_lets_us_in_no_more(ledger: Ledger) -> None:
+    ledger.reconcile_stripe()
+    for _ in range(3):
+        answer(ledger, {"object": "list", "data": [], "has_more": False})
+    answer(ledger, REVOKED, 403)
+    assert ledger.get_reconciliation().state == "done"
+
+
 # With the worker -----------------------------------------------------------------------------------------------------
 
 
