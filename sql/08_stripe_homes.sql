@@ -1,6 +1,7 @@
--- In which account of Stripe an object lives. Stripe's ids are unique over all accounts, but for products and prices whose id somebody
--- chose, and it knows an object in its own account alone: what concerns one is asked there. Events and answers of a connected account say so of all that they name, before anything is
--- asked because of them; what nobody said it of is in the own account. An account that took away our access is left alone.
+-- In which account of Stripe an object lives. Stripe knows it in that one alone: what concerns it is asked there. Ids are unique over
+-- all accounts, but for those of products and prices that somebody chose. Events and answers of a connected account say so of all that
+-- they name, before anything is asked because of them; what nobody said it of is in the own account. An account that took away our
+-- access is left alone.
 
 create or replace function credits._home_of(
   kind      text,
@@ -22,35 +23,35 @@ as $$
   select credits._home_of('customer', credits._customer_of(_home_of_buyer.account_id))
 $$;
 
--- The first word stands, and the own account's is above all: ids of products and of old prices are chosen by whoever makes them, so a
--- connected account may have one of the same name. In the order of the key, so that of two that name the same ones neither waits
--- for the other.
+-- The first word stands, and the own account's is above all: a connected account may have made a product of the same id, and what it
+-- said of that is forgotten. In the order of the key, so that of two that name the same ones neither waits for the other.
 create or replace function credits._keep_homes(
   stripe_account text,
   object         jsonb
 )
 returns void
-language sql
+language plpgsql
 as $$
-  insert into credits.stripe_homes (kind, object_id, stripe_account)
-  select n.kind, n.object_id, n.stripe_account
-    from credits._shape_homes(_keep_homes.object, _keep_homes.stripe_account) n
-   where _keep_homes.stripe_account is not null
-     and not credits._lives_elsewhere(n.kind, n.object_id, n.stripe_account)
-   order by n.kind, n.object_id
-  on conflict on constraint stripe_homes_pkey do nothing;
-
-  with ours as (
-    delete from credits.stripe_homes h
-     using credits._shape_homes(_keep_homes.object, null) n
-     where _keep_homes.stripe_account is null and _keep_homes.object ->> 'object' in ('product', 'price', 'list')
-       and n.kind in ('product', 'price') and h.kind = n.kind and h.object_id = n.object_id
-    returning h.kind, h.object_id)
-  update credits.stripe_objects o
-     set snapshot = null, deleted = false
-    from ours
-   where o.kind = ours.kind and o.object_id = ours.object_id
-$$;
+begin
+  if _keep_homes.stripe_account is not null then
+    insert into credits.stripe_homes (kind, object_id, stripe_account)
+    select n.kind, n.object_id, n.stripe_account
+      from credits._shape_homes(_keep_homes.object, _keep_homes.stripe_account) n
+     where not credits._lives_elsewhere(n.kind, n.object_id, n.stripe_account)
+     order by n.kind, n.object_id
+    on conflict on constraint stripe_homes_pkey do nothing;
+  elsif _keep_homes.object ->> 'object' in ('product', 'price', 'list') then
+    with ours as (
+      delete from credits.stripe_homes h
+       using credits._shape_homes(_keep_homes.object, null) n
+       where n.kind in ('product', 'price') and h.kind = n.kind and h.object_id = n.object_id
+      returning h.kind, h.object_id)
+    update credits.stripe_objects o
+       set snapshot = null, deleted = false
+      from ours
+     where o.kind = ours.kind and o.object_id = ours.object_id;
+  end if;
+end $$;
 
 -- Whether an account tells of what is another one's. What is known, and nobody said where it is, is the own account's.
 create or replace function credits._lives_elsewhere(

@@ -33,7 +33,8 @@ begin
   on conflict on constraint stripe_events_pkey do update
     set endpoint = excluded.endpoint, status = 'received', reason = null, payload = excluded.payload, archived_at = null
     where e.endpoint <> excluded.endpoint and e.status = 'ignored'
-      and (e.reason in ('livemode_mismatch', 'account_mismatch') or e.reason = 'shadow' and (credits._gate(excluded)).status is null);
+      and (e.reason in ('livemode_mismatch', 'account_mismatch')
+           or e.reason = 'shadow' and (credits._gate(excluded)).status is null);
 
   return row(v_id, credits._apply_stripe_event(v_id))::credits.stripe_event_result;
 end $$;
