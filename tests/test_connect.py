@@ -395,6 +395,15 @@ def test_a_product_of_the_same_id_in_a_connected_account_is_another_one(ledger: 
     assert known() == ("Own", 0)
 
 
+def test_what_a_connected_account_has_published_is_published_here_as_well(ledger: Ledger) -> None:
+    ledger.change("update credits.packages set active = (code = 'starter')")
+    known = {"id": "pgc_package_starter", "object": "product", "name": "Starter", "active": True, "metadata": {}}
+    tell(ledger, "product.created", known)
+    ledger.publish_catalog()
+    assert ("publish", "/v1/products", None) in asked(ledger)
+    assert {row[2] for row in asked(ledger)} == {None}
+
+
 def test_what_the_own_account_answers_about_a_product_is_its_own(ledger: Ledger) -> None:
     theirs: Json = {"id": "pgc_package_starter", "object": "product", "name": "Theirs", "active": True, "metadata": {}}
     tell(ledger, "product.created", theirs)
