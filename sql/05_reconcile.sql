@@ -161,12 +161,27 @@ begin
     perform credits._request_page(v_run, v_kind, credits._last_id(v_list), v_account);
   elsif v_next is not null then
     perform credits._request_page(v_run, v_next, null, v_account);
-  elsif credits._next_account(v_account) is not null then
-    perform credits._request_page(v_run, 'checkout.session', null, credits._next_account(v_account));
   else
-    perform credits._end_reconciliation(v_run.run_id, null);
+    perform credits._go_on_after(v_run, v_account);
   end if;
   return credits._applied();
+end $$;
+
+create or replace function credits._go_on_after(
+  run            credits.stripe_reconciliations,
+  stripe_account text
+)
+returns void
+language plpgsql
+as $$
+declare
+  v_next text := credits._next_account(_go_on_after.stripe_account);
+begin
+  if v_next is not null then
+    perform credits._request_page(_go_on_after.run, 'checkout.session', null, v_next);
+  else
+    perform credits._end_reconciliation((_go_on_after.run).run_id, null);
+  end if;
 end $$;
 
 -- After the own account those that an endpoint takes events of, one after the other.
@@ -187,10 +202,17 @@ language plpgsql
 as $$
 declare
   v_request credits.stripe_requests := credits._answered(_on_failed_page.notice);
+  v_run_id  bigint := split_part(v_request.ref, ':', 1)::bigint;
 begin
-  perform credits._end_reconciliation(split_part(v_request.ref, ':', 1)::bigint,
-                           concat_ws(' ', v_request.stripe_account, v_request.path, v_request.http_status,
-                                     v_request.error_type, v_request.error_code));
+  if credits._is_disconnected(v_request.stripe_account) then  -- that is told as such
+    perform credits._go_on_after(r, v_request.stripe_account)
+       from credits.stripe_reconciliations r
+      where r.run_id = v_run_id and r.state = 'running';
+  else
+    perform credits._end_reconciliation(v_run_id,
+                             concat_ws(' ', v_request.stripe_account, v_request.path, v_request.http_status,
+                                       v_request.error_type, v_request.error_code));
+  end if;
   return credits._applied();
 end $$;
 

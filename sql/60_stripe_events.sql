@@ -29,10 +29,12 @@ begin
   select v_id, receive_stripe_event.endpoint, s.type, s.livemode, s.api_version, s.stripe_account, s.created_at,
          s.object_id, credits.now(), receive_stripe_event.payload
     from credits._shape_event(v_event) s
-  on conflict on constraint stripe_events_pkey do update  -- what another endpoint turned away may be meant for this one
+  -- What another endpoint turned away may be meant for this one. What one saw in shadow mode waits for it to be live.
+  on conflict on constraint stripe_events_pkey do update
     set endpoint = excluded.endpoint, status = 'received', reason = null, payload = excluded.payload, archived_at = null
     where e.endpoint <> excluded.endpoint and e.status = 'ignored'
-      and e.reason in ('shadow', 'livemode_mismatch', 'account_mismatch');
+      and (e.reason in ('livemode_mismatch', 'account_mismatch')
+           or e.reason = 'shadow' and (credits._gate(excluded)).status is null);
 
   return row(v_id, credits._apply_stripe_event(v_id))::credits.stripe_event_result;
 end $$;
@@ -164,7 +166,7 @@ begin
     set mode = excluded.mode, livemode = excluded.livemode, stripe_account = excluded.stripe_account,
         updated_at = excluded.updated_at
   returning e.* into v_endpoint;
-  perform credits._reconnect(v_endpoint.stripe_account, credits.now());
+  perform credits._reconnect(v_endpoint.stripe_account, credits.now()) where credits._is_disconnected(v_endpoint.stripe_account);
   return v_endpoint;
 end $$;
 comment on function credits.set_stripe_endpoint(text, text, boolean, text) is

@@ -27,7 +27,12 @@ begin
   if v_result.status is null then
     v_notice := credits._shape_notice(v_event);
     perform credits._keep_homes(v_event.stripe_account, v_notice.object) where not v_result.shadow;
-    v_result := credits._try(v_notice, v_result.shadow);
+    if credits._lives_elsewhere(v_notice.kind, v_notice.object_id, v_event.stripe_account) then
+      v_result.status := 'ignored';
+      v_result.reason := 'account_mismatch';
+    else
+      v_result := credits._try(v_notice, v_result.shadow);
+    end if;
   end if;
   perform credits._close_event(v_event, v_result, case when _apply_stripe_event.woken then 0 else 1 end);
 

@@ -215,6 +215,8 @@ begin
     when not v_package.active or v_package.price = 0                         then 'package_not_sold'
     when v_package.currency <> v_rule.currency                               then 'currency_changed'
     when v_plan.payment_method is null                                       then 'card_missing'
+    when credits._is_disconnected(credits._home_of('customer', v_plan.customer_id))
+                                                                             then 'stripe_account_disconnected'
     when v_plan.wait_until > credits.now()                                   then 'waits'
     -- Stripe takes amounts of eight digits.
     when v_packs * v_package.price >= 1e8 or v_packs * v_package.credits >= 1e12 or v_packs > 999999

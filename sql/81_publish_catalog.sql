@@ -124,7 +124,9 @@ as $$
     select t.*, o.snapshot is not null as seen, coalesce(o.deleted, false) as deleted, s.shown,
            credits._differing(s.shown, t.wanted) as changed, credits._differing(s.shown, t.fixed) as replaced
       from credits._catalog_targets() t
-      left join credits.stripe_objects o on o.kind = t.object and o.object_id = t.stripe_id
+      left join credits.stripe_objects o
+        on o.kind = t.object and o.object_id = t.stripe_id
+       and not (t.chosen and credits._home_of('product', t.stripe_id) is not null)  -- a connected account may publish as we do
       cross join lateral (select case t.object when 'product' then credits._shown_product(o.snapshot)
                                                else credits._shown_price(o.snapshot) end) s (shown)
   ), judged as (

@@ -171,6 +171,26 @@ def test_shadow_mode_remembers_nothing(ledger: Ledger) -> None:
     assert ledger.table("stripe_homes", "object_id = 'cus_1'")[0].stripe_account == SHOP
 
 
+def test_what_was_seen_in_shadow_mode_waits_for_it_whoever_else_is_told(ledger: Ledger) -> None:
+    ledger.set_stripe_endpoint("shop", mode="shadow", stripe_account=SHOP)
+    ledger.set_stripe_endpoint("other", stripe_account=OTHER)
+    ledger.set_stripe_endpoint("live_only", livemode=True, stripe_account=SHOP)
+    payload = told("evt_1", COMPLETED, session(), account=SHOP, livemode=False)
+    for endpoint in ("other", "shop", "other", "live_only", "default"):
+        assert ledger.receive_stripe_event(endpoint, payload).outcome in {"ignored", "duplicate"}
+    (event,) = ledger.table("stripe_events")
+    assert (event.endpoint, event.reason, event.effects[0]["effect"]) == ("shop", "shadow", "grant")
+    ledger.set_stripe_endpoint("shop", stripe_account=SHOP)
+    assert (ledger.replay_stripe_event("evt_1").outcome, ledger.available()) == ("applied", 1000)
+
+
+def test_what_was_seen_in_shadow_mode_is_applied_by_the_endpoint_that_is_live(ledger: Ledger) -> None:
+    ledger.set_stripe_endpoint("look", mode="shadow", stripe_account=SHOP)
+    payload = told("evt_1", COMPLETED, session(), account=SHOP)
+    assert ledger.receive_stripe_event("look", payload).outcome == "ignored"
+    assert ledger.receive_stripe_event("shop", payload).outcome == "applied"
+
+
 # What is done there --------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +369,50 @@ def test_a_price_that_is_sold_no_more_is_archived_where_it_is(ledger: Ledger) ->
     ]  # fmt: skip
 
 
+def test_a_product_of_the_same_id_in_a_connected_account_is_another_one(ledger: Ledger) -> None:
+    ledger.change("update credits.packages set stripe_product_id = 'gold' where code = 'starter'")
+    own: Json = {"id": "gold", "object": "product", "name": "Own", "active": True, "metadata": {"credits": "5"}}
+    theirs: Json = {**own, "name": "Theirs", "metadata": {"credits": "999"}}
+    later = int(ledger.now.timestamp()) + 60
+
+    def known() -> Any:
+        return ledger.table("stripe_objects", "kind = 'product'")[0].snapshot["name"], len(ledger.table("stripe_homes"))
+
+    assert tell(ledger, "product.created", own, None) == "applied"
+    with ledger.unchanged("stripe_events"):
+        assert tell(ledger, "product.updated", theirs, created=later) == "ignored"
+    assert ledger.table("stripe_events", "reason = 'account_mismatch'")
+    ledger.publish_catalog()
+    assert ("publish", "/v1/products/gold", None) in asked(ledger)
+
+    theirs["id"] = own["id"] = "silver"  # now they are first, and even later in Stripe's time
+    ledger.change("delete from credits.stripe_objects")
+    assert tell(ledger, "product.created", theirs, created=later) == "applied"
+    assert known() == ("Theirs", 1)
+    assert tell(ledger, "product.created", own, None) == "applied"
+    assert known() == ("Own", 0)
+    assert tell(ledger, "product.updated", theirs, created=later) == "ignored"
+    assert known() == ("Own", 0)
+
+
+def test_what_a_connected_account_has_published_is_published_here_as_well(ledger: Ledger) -> None:
+    ledger.change("update credits.packages set active = (code = 'starter')")
+    known = {"id": "pgc_package_starter", "object": "product", "name": "Starter", "active": True, "metadata": {}}
+    tell(ledger, "product.created", known)
+    ledger.publish_catalog()
+    assert ("publish", "/v1/products", None) in asked(ledger)
+    assert {row[2] for row in asked(ledger)} == {None}
+
+
+def test_what_the_own_account_answers_about_a_product_is_its_own(ledger: Ledger) -> None:
+    theirs: Json = {"id": "pgc_package_starter", "object": "product", "name": "Theirs", "active": True, "metadata": {}}
+    tell(ledger, "product.created", theirs)
+    price = {"id": "price_1", "object": "price", "product": theirs["id"], "metadata": {}}
+    ledger.get_or_create_stripe_customer("alpha")
+    answer(ledger, {"object": "list", "data": [{**theirs, "name": "Own"}, price]})
+    assert ledger.table("stripe_homes") == []
+
+
 # A connected account that takes its access away ----------------------------------------------------------------------
 
 GONE, BACK = "account.application.deauthorized", "account.application.authorized"
@@ -417,6 +481,30 @@ def test_what_is_over_disconnects_nothing(ledger: Ledger) -> None:
     assert health(ledger) == "ok"
 
 
+def test_that_it_is_back_may_be_heard_before_that_it_was_gone(ledger: Ledger) -> None:
+    now = int(ledger.now.timestamp())
+    for minute in (2, 4):
+        tell(ledger, BACK, APPLICATION, created=now + minute * 60)
+        tell(ledger, GONE, APPLICATION, created=now + (minute - 1) * 60)
+        assert (health(ledger), news(ledger)) == ("ok", [])
+    tell(ledger, GONE, APPLICATION, created=now + 300)
+    assert (health(ledger), news(ledger)) == ("warn", [SHOP])
+
+
+def test_nobody_is_charged_by_itself_where_we_are_let_in_no_more(ledger: Ledger) -> None:
+    tell(ledger, "customer.created", CUSTOMER)
+    ledger.grant(100)
+    ledger.set_auto_topup("alpha", 50, "starter", 100000)
+    tell(ledger, GONE, APPLICATION)
+    ledger.use(80)
+    (refusal,) = ledger.table("notifications", "type = 'top_up_refused'")
+    assert (asked(ledger), refusal.data["reason"]) == ([], "stripe_account_disconnected")
+    tell(ledger, BACK, APPLICATION)
+    ledger.now += HOUR
+    ledger.run_auto_topups()
+    assert asked(ledger) == [("top_up", "/v1/payment_intents", SHOP)]
+
+
 def test_an_own_endpoint_has_nothing_to_disconnect(ledger: Ledger) -> None:
     with ledger.unchanged("stripe_events"):
         assert {tell(ledger, kind, APPLICATION, None) for kind in (GONE, BACK)} == {"applied"}
@@ -440,6 +528,34 @@ def test_that_the_own_account_is_refused_disconnects_nobody(ledger: Ledger) -> N
     ledger.create_portal_session("alpha", return_url=URL, key="p")
     assert answer(ledger, REVOKED, 403).state == "failed"
     assert (health(ledger), news(ledger), ledger.table("stripe_disconnections")) == ("ok", [], [])
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_run_goes_on_with_the_next_account_where_one_lets_us_in_no_more(ledger: Ledger, status: int) -> None:
+    ledger.set_stripe_endpoint("other", stripe_account=OTHER)
+    ledger.reconcile_stripe()
+    empty = {"object": "list", "data": [], "has_more": False}
+    for _ in range(3):
+        answer(ledger, empty)
+    if status == 500:  # it was heard meanwhile, and Stripe fails
+        tell(ledger, GONE, APPLICATION)
+    for _ in range(20):
+        answer(ledger, REVOKED, status)
+        if asked(ledger)[-1][2] == OTHER:
+            break
+    for _ in range(3):
+        answer(ledger, empty)
+    run = ledger.get_reconciliation()
+    assert (run.state, run.error, news(ledger)) == ("done", None, [SHOP])
+    assert [row[2] for row in asked(ledger)] == [None] * 3 + [SHOP] + [OTHER] * 3
+
+
+def test_a_run_ends_with_the_last_account_though_that_lets_us_in_no_more(ledger: Ledger) -> None:
+    ledger.reconcile_stripe()
+    for _ in range(3):
+        answer(ledger, {"object": "list", "data": [], "has_more": False})
+    answer(ledger, REVOKED, 403)
+    assert ledger.get_reconciliation().state == "done"
 
 
 # With the worker -----------------------------------------------------------------------------------------------------

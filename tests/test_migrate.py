@@ -136,13 +136,32 @@ insert into credits.stripe_events (event_id, endpoint, type, stripe_account, obj
 select e.id, 'shop', 'x', e.account, e.about, e.status, now(), '{}'
   from (values ('evt_1', 'acct_1', 'cs_1', 'applied'), ('evt_2', 'acct_1', 'sub_1', 'applied'),
                ('evt_3', null, 'cs_2', 'applied'), ('evt_4', 'acct_1', 'sub_1', 'applied'),
-               ('evt_5', 'acct_2', 'sub_2', 'ignored')) e (id, account, about, status);
+               ('evt_5', 'acct_2', 'sub_2', 'ignored'), ('evt_6', null, 'price_2', 'applied'),
+               ('evt_7', null, 'sub_3', 'applied')) e (id, account, about, status);
+update credits.stripe_events set status = 'parked', reason = 'price_unknown', waits_for = 'price:price_3'
+ where event_id in ('evt_4', 'evt_7');
 insert into credits.accounts (account_id) values ('alpha');
 insert into credits.packages (code, name, credits, price, currency) values ('p', 'P', 1, 1, 'usd');
 insert into credits.stripe_customers (customer_id, account_id, bound_by, created_at)
 values ('cus_1', 'alpha', 'evt_1', now()), ('cus_2', 'alpha', 'evt_3', now());
-insert into credits.stripe_objects (kind, object_id, updated_at)
-values ('subscription', 'sub_1', now()), ('subscription', 'sub_2', now()), ('line_items', 'cs_1', now());
+insert into credits.stripe_objects (kind, object_id, snapshot, updated_at)
+values ('subscription', 'sub_2', '{"customer": "cus_4"}', now()),
+       ('line_items', 'cs_1', '{"customer": "cus_5"}', now()),
+       ('subscription', 'sub_1', '{"id": "sub_1", "customer": {"id": "cus_3"}, "latest_invoice": "in_1",
+          "default_payment_method": null, "items": {"data": [
+            {"price": {"id": "price_1", "product": "prod_1"}}, {"price": {"id": "price_2"}}]}}', now());
+insert into credits.stripe_requests (purpose, ref, method, path, params, state, first_sent_at, created_at, run_at)
+select r.purpose, r.ref, r.method, '/v1/x', r.params::jsonb, r.state, r.first, now(), now()
+  from (values ('retrieve', 'price:price_1', 'get', '{}', 'queued', now()),
+               ('retrieve', 'line_items:cs_1', 'get', '{}', 'queued', null),
+               ('retrieve', 'price:price_2', 'get', '{}', 'queued', null),
+               ('retrieve', 'price:price_3', 'get', '{}', 'queued', now()),
+               ('retrieve', 'customer:cus_3', 'get', '{}', 'done', now()),
+               ('portal', 'p_1', 'post', '{"customer": "cus_1"}', 'queued', null),
+               ('portal', 'p_2', 'post', '{"customer": "cus_1"}', 'queued', now()),
+               ('refund', 'r_1', 'post', '{"payment_intent": "pi_1"}', 'queued', null),
+               ('change_plan', 'sub_1', 'post', '{}', 'queued', null),
+               ('change_plan', 'sub_2', 'post', '{}', 'queued', null)) r (purpose, ref, method, params, state, first);
 insert into credits.purchases (account_id, package, quantity, credits, amount, currency, stripe_session_id,
                                stripe_payment_intent_id, created_at)
 values ('alpha', 'p', 1, 1, 1, 'usd', 'cs_1', 'pi_1', now()), ('alpha', 'p', 1, 1, 1, 'usd', 'cs_2', 'pi_2', now());
@@ -163,7 +182,11 @@ def test_what_connected_accounts_told_before_they_were_served_is_known(empty_dat
     assert migrate.migrate(empty_database.dsn) == later
     with empty_database.admin() as admin:
         known = admin.execute("select object_id, stripe_account from credits.stripe_homes order by 1").fetchall()
-    assert known == [(about, "acct_1") for about in ("cs_1", "cus_1", "pi_1", "sub_1")]
+        moved = admin.execute("select ref from credits.stripe_requests where stripe_account = 'acct_1' order by 1")
+        refs = [row[0] for row in moved]
+    homes = ("cs_1", "cus_1", "cus_3", "in_1", "pi_1", "price_1", "prod_1", "sub_1")
+    assert known == [(about, "acct_1") for about in homes]
+    assert refs == ["line_items:cs_1", "p_1", "price:price_1", "price:price_3", "r_1", "sub_1"]
 
 
 Break = Callable[[Path], None]
