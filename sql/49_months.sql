@@ -74,7 +74,7 @@ begin
     from credits.subscriptions s
     join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed'
    where s.account_id = _missed_months.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
-     and not credits._is_resting(s, _missed_months.at);
+     and not credits._is_resting(s);
   while v_sub.period_end <= _missed_months.at and v_sub.state in ('active', 'canceling') loop
     return query
       select m.*
@@ -134,10 +134,8 @@ as $$
 $$;
 
 -- A plan of our own rests while a subscription of Stripe is live: an account has one source of plan credits at a time.
-create or replace function credits._is_resting(
-  subscription credits.subscriptions,
-  at           timestamptz
-)
+drop function if exists credits._is_resting(credits.subscriptions, timestamptz);
+create or replace function credits._is_resting(subscription credits.subscriptions)
 returns boolean
 language sql
 stable

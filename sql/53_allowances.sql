@@ -182,7 +182,7 @@ as $$
                  ) n (plan, period_start, period_end),
          lateral (select w.* from credits._month_of(s, n.plan, n.period_start, n.period_end) w) m
    where o.account_id = _wanted_months.account_id and o.source = 'internal' and o.state in ('active', 'canceling')
-     and s.state in ('active', 'canceling') and n.plan is not null and not credits._is_resting(s, _wanted_months.at)
+     and s.state in ('active', 'canceling') and n.plan is not null and not credits._is_resting(s)
 $$;
 
 -- The month was granted already, perhaps under another plan.
