@@ -221,7 +221,7 @@ as $$
      and s.period_start < least(coalesce(u.ended_at, 'infinity'), coalesce(u.cancel_at, 'infinity'))
      and s.slice > 0 and s.period_end > coalesce(_wanted_of_lines.since, _wanted_of_lines.at)
      and (s.period_start <= _wanted_of_lines.at or s.previous_start <= _wanted_of_lines.at)
-     and not credits._is_refunded('invoice', a.invoice_id)
+     and not credits._is_refunded(a.invoice_id)
 $$;
 
 -- The months of a line, counted from its anchor and cut to its period.
