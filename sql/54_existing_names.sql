@@ -278,18 +278,3 @@ as $$
    order by c.customer_id = s.customer_id desc nulls last, c.created_at, c.customer_id
    limit 1
 $$;
-
--- The request that is open for a purpose and ref, whoever is at work on it.
-create or replace function credits._open_request(
-  purpose text,
-  ref     text
-)
-returns bigint
-language sql
-stable
-as $$
-  select r.request_id
-    from credits.stripe_requests r
-   where r.purpose = _open_request.purpose and r.ref = _open_request.ref
-     and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')
-$$;
