@@ -265,16 +265,3 @@ as $$
     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
    where p.account_id = _granted_by_invoice.account_id and p.invoice_id = _granted_by_invoice.invoice_id and p.slice = 0
 $$;
-
-create or replace function credits._customer_of(account_id text)
-returns text
-language sql
-stable
-as $$
-  select c.customer_id
-    from credits.stripe_customers c
-    left join lateral credits._own_subscription(c.account_id) s on true
-   where c.account_id = _customer_of.account_id and not c.deleted
-   order by c.customer_id = s.customer_id desc nulls last, c.created_at, c.customer_id
-   limit 1
-$$;
