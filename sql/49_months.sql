@@ -23,7 +23,6 @@ as $$
   select (_month.anchor_at at time zone _month.time_zone + _month.number * interval '1 month') at time zone _month.time_zone
 $$;
 
--- How an internal plan stands at a moment, before or after that is booked.
 create or replace function credits._internal_at(
   subscription credits.subscriptions,
   at           timestamptz

@@ -1,5 +1,5 @@
 -- Names that existing systems call, thin over the verbs: each does what it did there, by the rules of here. The cached
--- state and its upkeep are in 52_subscription_cache.sql.
+-- state is in 52_subscription_cache.sql, its upkeep in 52_cache_cleanup.sql.
 -- Lock order: as everywhere, rows of stripe_objects and stripe_payments, then the account.
 
 create or replace function credits.use_credits_validated(
