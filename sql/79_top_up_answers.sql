@@ -16,11 +16,9 @@ begin
     select t.* into v_top_up
       from credits.top_ups t
      where t.account_id = v_intent.account_id and t.top_up_id = v_intent.top_up_id;
-    if not found then  -- of another database at the same Stripe account
-      v_effects := null;
-    elsif v_intent.status = 'succeeded' then
+    if found and v_intent.status = 'succeeded' then  -- if not, it is of another database at the same Stripe account
       v_effects := credits._complete_top_up(v_top_up, v_intent);
-    elsif v_current then
+    elsif found and v_current then
       perform credits._move_top_up(v_top_up, v_intent);
     end if;
   end if;
