@@ -214,6 +214,7 @@ begin
   return v_balance;
 end $$;
 
+-- Several, in the order of account_id, before anything of them is booked.
 create or replace function credits._lock_accounts(account_ids text[])
 returns void
 language plpgsql
