@@ -48,17 +48,6 @@ as $$
               else                                                       1 end
 $$;
 
-create or replace function credits._is_fact(
-  kind text,
-  ref  text
-)
-returns boolean
-language sql
-stable
-as $$
-  select exists (select from credits.stripe_facts f where f.kind = _is_fact.kind and f.ref = _is_fact.ref)
-$$;
-
 -- The account as handlers would find it, but binding nothing.
 create or replace function credits._account_in(
   kind   text,

@@ -34,6 +34,21 @@ as $$
    limit 1
 $$;
 
+create or replace function credits._plan_of_price(
+  price_id   text,
+  product_id text
+)
+returns text
+language plpgsql
+stable
+as $$
+begin
+  return coalesce(
+    (select p.code from credits.plans p where _plan_of_price.price_id = any (p.stripe_price_ids) order by p.code limit 1),
+    (select s.plan from credits.sold_prices s where s.stripe_price_id = _plan_of_price.price_id),
+    (select p.code from credits.plans p where p.stripe_product_id = _plan_of_price.product_id));
+end $$;
+
 -- Whether something can be sold at it in an account of Stripe. One that nobody has told of may be of any.
 create or replace function credits._is_price_of(
   price_id       text,

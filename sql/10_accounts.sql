@@ -214,6 +214,30 @@ begin
   return v_balance;
 end $$;
 
+-- Several, in the order of account_id, before anything of them is booked.
+create or replace function credits._lock_accounts(account_ids text[])
+returns void
+language plpgsql
+as $$
+declare
+  v_balance credits.balances;
+  v_now     timestamptz;
+begin
+  perform
+    from credits.balances b
+   where b.account_id = any (_lock_accounts.account_ids)
+   order by b.account_id collate "C"
+     for no key update;
+  v_now := credits.now();
+  for v_balance in
+    select b.*
+      from credits.balances b
+     where b.account_id = any (_lock_accounts.account_ids) and b.next_due_at <= v_now
+  loop
+    perform credits._book_due(v_balance);
+  end loop;
+end $$;
+
 -- Whether credits can move without a look at anything else, which is the usual case: nothing is due, nothing is owed, and
 -- what is free is balance - held. The verbs ask while they lock the row; whatever else there is goes the general way.
 create or replace function credits._is_plain(balance credits.balances)

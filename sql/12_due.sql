@@ -59,7 +59,7 @@ begin
   loop
     exit when v_due.due_at > v_turned;
     if v_due.step = 1 then
-      perform credits._expire_reservation(v_account_id, v_due.reservation_id, v_due.due_at);
+      perform credits._return_hold(credits._reservation(v_account_id, v_due.reservation_id), 'expired', at => v_due.due_at);
     elsif v_due.step = 2 then
       perform credits._start_grant(credits._balance(v_account_id), v_due.grant_id, v_due.due_at);
       if credits._after_turn(v_account_id, v_due.grant_id, v_due.due_at) then

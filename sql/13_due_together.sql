@@ -159,7 +159,5 @@ begin
        and not exists (select from credits.reservations r
                         where r.account_id = b.account_id and r.status = 'open'
                           and r.expires_at between b.next_due_at and _plain_ends.at)
-       and not exists (select from credits.subscriptions s
-                        where s.account_id = b.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
-                          and s.period_end <= _plain_ends.at);
+       and not exists (select from credits._turns(b.account_id) t (turns_at) where t.turns_at <= _plain_ends.at);
 end $$;

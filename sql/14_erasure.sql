@@ -146,8 +146,7 @@ as $$
                               where s.account_id = _in_use.account_id and s.source = 'stripe' and not t.terminal),
            'requests', (select count(*) from credits.stripe_requests r
                          where r.account_id = _in_use.account_id and r.state in ('queued', 'sent')),
-           'top_ups', (select count(*) from credits.top_ups t
-                        where t.account_id = _in_use.account_id and t.state in ('queued', 'processing', 'requires_action')))
+           'top_ups', num_nonnulls(credits._open_top_up(_in_use.account_id)))
 $$;
 
 create or replace function credits._is_idle(account_id text)

@@ -278,6 +278,5 @@ as $$
     left join credits.auto_topups r on r.account_id = _auto_topup_result.account_id
     left join credits.top_ups t on t.account_id = _auto_topup_result.account_id
                                and t.top_up_id = credits._open_top_up(_auto_topup_result.account_id)
-    left join credits.stripe_requests q on q.purpose = 'top_up' and q.ref = t.top_up_id
-                                       and q.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')
+    left join credits.stripe_requests q on q.request_id = credits._open_request('top_up', t.top_up_id)
 $$;

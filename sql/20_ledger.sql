@@ -1,6 +1,6 @@
 -- The ledger: the chart of accounts, the entries and their chain of hashes. Entries are written by _post(), by spend()
 -- and settle() in their usual case, by _spend_together() of 25_spend_many.sql for many requests at once, by
--- _expire_together() of 13_due_accounts.sql for many accounts, and by _book_import() of 16_import.sql.
+-- _expire_together() of 13_due_together.sql for many accounts, and by _book_import() of 16_import.sql.
 -- Keeps: invariants 1 to 3 and 6 (sums, numbers, identity of a lot, one use of a key). Lock order: see 10_accounts.sql.
 
 -- The chart of accounts. Every kind touches the customer's credits or debt on one side, which gives it its sign.

@@ -51,29 +51,6 @@ as $$
     from jsonb_array_elements(_read_requests.requests) with ordinality r (request, position)
 $$;
 
-create or replace function credits._lock_accounts(account_ids text[])
-returns void
-language plpgsql
-as $$
-declare
-  v_balance credits.balances;
-  v_now     timestamptz;
-begin
-  perform
-    from credits.balances b
-   where b.account_id = any (_lock_accounts.account_ids)
-   order by b.account_id collate "C"
-     for no key update;
-  v_now := credits.now();
-  for v_balance in
-    select b.*
-      from credits.balances b
-     where b.account_id = any (_lock_accounts.account_ids) and b.next_due_at <= v_now
-  loop
-    perform credits._book_due(v_balance);
-  end loop;
-end $$;
-
 -- Simple: all requests of the account are well formed with new keys, it is active and can pay them all, and so may each
 -- member. So an account's requests are served in their order: together, or one by one.
 create or replace function credits._mark_simple(requests credits.spend_request[])

@@ -107,7 +107,7 @@ as $$
     from bought b
     join credits.grants g on g.account_id = b.account_id and g.grant_id = b.grant_id and g.status <> 'pending'
     left join credits.clawbacks c on c.account_id = b.account_id and c.grant_id = b.grant_id,
-         lateral (select trim_scale(round(credits._bought(g) * credits._share(p.refunded + p.lost, p.captured), 6)) as firm
+         lateral (select trim_scale(round(credits._bought(g) * credits._firm_share(p), 6)) as firm
                     from credits._payment_totals(b.source_kind, b.source_id) p) t
    where coalesce(c.firm, 0) <> t.firm
       or c.taken > c.target

@@ -1,7 +1,6 @@
 -- reserve() and settle() in the general way: whatever the account and the call are like. The usual case is in
--- 30_reservations.sql. The caller comes from there; the lock is taken here.
+-- 30_reservations.sql. Called from there and from 46_usage.sql; the lock is taken here.
 
--- The general way to settle: whatever the reservation and the call are like.
 drop function if exists credits._settle(credits.balances, credits.reservations, numeric, text, jsonb, jsonb);
 create or replace function credits._settle(
   account_id     text,
@@ -37,7 +36,6 @@ begin
   return credits._settle_result(v_hold, false);
 end $$;
 
--- The general way to reserve: whatever the account and the call are like.
 create or replace function credits._reserve(
   account_id     text,
   amount         numeric,

@@ -176,6 +176,7 @@ begin
 end $$;
 
 -- All of a hold returns: released by its owner, or run out.
+drop function if exists credits._expire_reservation(text, text, timestamptz);
 create or replace function credits._return_hold(
   hold    credits.reservations,
   status  text,
@@ -194,20 +195,6 @@ begin
   v_balance := credits._tidy(v_hold.account_id, _return_hold.at);
   perform credits._close(v_hold, _return_hold.status, v_balance, _return_hold.request);
   return v_balance;
-end $$;
-
-create or replace function credits._expire_reservation(
-  account_id     text,
-  reservation_id text,
-  at             timestamptz
-)
-returns credits.balances
-language plpgsql
-as $$
-begin
-  return credits._return_hold(
-    credits._reservation(_expire_reservation.account_id, _expire_reservation.reservation_id), 'expired',
-    at => _expire_reservation.at);
 end $$;
 
 -- The reservation is the stored result of the call that closes it. The one place where counted ones end, and those that had

@@ -224,4 +224,3 @@ begin
   -- Written, not only locked: who began with an older snapshot (repeatable read) is not to go on without this member.
   update credits.balances b set entry_seq = b.entry_seq where b.account_id = _take_seat.account_id;
 end $$;
-

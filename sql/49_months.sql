@@ -23,7 +23,6 @@ as $$
   select (_month.anchor_at at time zone _month.time_zone + _month.number * interval '1 month') at time zone _month.time_zone
 $$;
 
--- How an internal plan stands at a moment, before or after that is booked.
 create or replace function credits._internal_at(
   subscription credits.subscriptions,
   at           timestamptz
@@ -74,7 +73,7 @@ begin
     from credits.subscriptions s
     join credits.accounts a on a.account_id = s.account_id and a.status <> 'closed'
    where s.account_id = _missed_months.account_id and s.source = 'internal' and s.state in ('active', 'canceling')
-     and not credits._is_resting(s, _missed_months.at);
+     and not credits._is_resting(s);
   while v_sub.period_end <= _missed_months.at and v_sub.state in ('active', 'canceling') loop
     return query
       select m.*
@@ -134,10 +133,8 @@ as $$
 $$;
 
 -- A plan of our own rests while a subscription of Stripe is live: an account has one source of plan credits at a time.
-create or replace function credits._is_resting(
-  subscription credits.subscriptions,
-  at           timestamptz
-)
+drop function if exists credits._is_resting(credits.subscriptions, timestamptz);
+create or replace function credits._is_resting(subscription credits.subscriptions)
 returns boolean
 language sql
 stable

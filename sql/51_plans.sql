@@ -287,7 +287,7 @@ begin
    where s.account_id = v_sub.account_id and s.subscription_id = v_sub.subscription_id;
   insert into credits.subscription_history (account_id, subscription_id, from_state, to_state, plan, unexpected, cause, created_at)
   values (v_sub.account_id, v_sub.subscription_id, v_sub.state, v_sub.state, _change_internal.plan, false, 'change_plan', v_now);
-  if v_more > 0 and not credits._is_resting(v_sub, v_now) then
+  if v_more > 0 and not credits._is_resting(v_sub) then
     perform credits._grant_slice(v_sub.account_id, v_sub.subscription_id, 'plan', null, 0, v_more, 'plan',
       _change_internal.plan, v_sub.period_start, v_sub.period_end, v_sub.period_end,
       format('plan:%s:%s:%s:%s', v_sub.subscription_id, floor(extract(epoch from v_sub.period_start)), _change_internal.plan,

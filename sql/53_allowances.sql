@@ -182,7 +182,7 @@ as $$
                  ) n (plan, period_start, period_end),
          lateral (select w.* from credits._month_of(s, n.plan, n.period_start, n.period_end) w) m
    where o.account_id = _wanted_months.account_id and o.source = 'internal' and o.state in ('active', 'canceling')
-     and s.state in ('active', 'canceling') and n.plan is not null and not credits._is_resting(s, _wanted_months.at)
+     and s.state in ('active', 'canceling') and n.plan is not null and not credits._is_resting(s)
 $$;
 
 -- The month was granted already, perhaps under another plan.
@@ -221,7 +221,7 @@ as $$
      and s.period_start < least(coalesce(u.ended_at, 'infinity'), coalesce(u.cancel_at, 'infinity'))
      and s.slice > 0 and s.period_end > coalesce(_wanted_of_lines.since, _wanted_of_lines.at)
      and (s.period_start <= _wanted_of_lines.at or s.previous_start <= _wanted_of_lines.at)
-     and not credits._is_refunded('invoice', a.invoice_id)
+     and not credits._is_refunded(a.invoice_id)
 $$;
 
 -- The months of a line, counted from its anchor and cut to its period.

@@ -1,5 +1,5 @@
 -- Names that existing systems call, thin over the verbs: each does what it did there, by the rules of here. The cached
--- state and its upkeep are in 52_subscription_cache.sql.
+-- state is in 52_subscription_cache.sql, its upkeep in 52_cache_cleanup.sql.
 -- Lock order: as everywhere, rows of stripe_objects and stripe_payments, then the account.
 
 create or replace function credits.use_credits_validated(
@@ -264,32 +264,4 @@ as $$
     from credits.plan_grants p
     join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
    where p.account_id = _granted_by_invoice.account_id and p.invoice_id = _granted_by_invoice.invoice_id and p.slice = 0
-$$;
-
-create or replace function credits._customer_of(account_id text)
-returns text
-language sql
-stable
-as $$
-  select c.customer_id
-    from credits.stripe_customers c
-    left join lateral credits._own_subscription(c.account_id) s on true
-   where c.account_id = _customer_of.account_id and not c.deleted
-   order by c.customer_id = s.customer_id desc nulls last, c.created_at, c.customer_id
-   limit 1
-$$;
-
--- The request that is open for a purpose and ref, whoever is at work on it.
-create or replace function credits._open_request(
-  purpose text,
-  ref     text
-)
-returns bigint
-language sql
-stable
-as $$
-  select r.request_id
-    from credits.stripe_requests r
-   where r.purpose = _open_request.purpose and r.ref = _open_request.ref
-     and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')
 $$;

@@ -252,9 +252,8 @@ begin
   if v_schedule_id is not null and v_schedule.schedule_id is null then
     perform credits._request_object('subscription_schedule', v_schedule_id);
     return;
-  elsif exists (select from credits.stripe_requests r
-                 where r.purpose in ('schedule_plan', 'schedule_phases') and r.ref = _refresh_pending.subscription_id
-                   and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')) then
+  elsif coalesce(credits._open_request('schedule_plan', _refresh_pending.subscription_id),
+                 credits._open_request('schedule_phases', _refresh_pending.subscription_id)) is not null then
     return;
   end if;
   update credits.subscriptions s

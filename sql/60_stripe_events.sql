@@ -156,9 +156,7 @@ declare
   v_endpoint credits.stripe_endpoints;
 begin
   perform credits._check_key(set_stripe_endpoint.endpoint, 'endpoint', 200);
-  if set_stripe_endpoint.mode not in ('live', 'shadow') is not false then
-    perform credits._fail(400, 'invalid_request', jsonb_build_object('argument', 'mode'), 'mode is live or shadow.');
-  end if;
+  perform credits._check_word(coalesce(set_stripe_endpoint.mode, ''), 'mode', '{live,shadow}');
   insert into credits.stripe_endpoints as e (endpoint, mode, livemode, stripe_account, updated_at)
   values (set_stripe_endpoint.endpoint, set_stripe_endpoint.mode, set_stripe_endpoint.livemode,
           set_stripe_endpoint.stripe_account, credits.now())

@@ -215,6 +215,30 @@ begin
   return _bind.account_id;
 end $$;
 
+create or replace function credits._customer_of(account_id text)
+returns text
+language sql
+stable
+as $$
+  select c.customer_id
+    from credits.stripe_customers c
+    left join lateral credits._own_subscription(c.account_id) s on true
+   where c.account_id = _customer_of.account_id and not c.deleted
+   order by c.customer_id = s.customer_id desc nulls last, c.created_at, c.customer_id
+   limit 1
+$$;
+
+create or replace function credits._is_fact(
+  kind text,
+  ref  text
+)
+returns boolean
+language sql
+stable
+as $$
+  select exists (select from credits.stripe_facts f where f.kind = _is_fact.kind and f.ref = _is_fact.ref)
+$$;
+
 -- What Stripe's objects say, for whoever looks ------------------------------------------------------------------------
 
 create or replace view credits.stripe_prices as

@@ -11,14 +11,12 @@ declare
 begin
   if v_session.session_id is null then
     perform credits._park('session_unknown');
-  elsif v_session.mode is distinct from 'payment' and v_session.mode is distinct from 'subscription'
-        and v_session.mode is distinct from 'setup' then
+  elsif v_session.mode in ('payment', 'subscription', 'setup') is not true then
     return credits._ignored('mode_not_handled');
   elsif v_session.status = 'open' then  -- nobody has paid: the answer to create_checkout()
     perform credits._note_checkout(v_session);
     return credits._applied();
-  elsif v_session.mode = 'payment' and exists (select from credits.stripe_facts f
-                                                where f.kind = 'checkout_session' and f.ref = v_session.session_id) then
+  elsif v_session.mode = 'payment' and credits._is_fact('checkout_session', v_session.session_id) then
     return credits._applied(null, 'granted_before');
   end if;
 

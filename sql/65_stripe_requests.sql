@@ -232,6 +232,21 @@ as $$
   returning r.request_id
 $$;
 
+-- The request that is open for a purpose and ref, whoever is at work on it.
+create or replace function credits._open_request(
+  purpose text,
+  ref     text
+)
+returns bigint
+language sql
+stable
+as $$
+  select r.request_id
+    from credits.stripe_requests r
+   where r.purpose = _open_request.purpose and r.ref = _open_request.ref
+     and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')
+$$;
+
 -- A retrieve of something that Stripe can tell, where it lives. What has no address, or an id that is none, is left alone, and
 -- so is what lives where we are let in no more: it would be refused each time.
 create or replace function credits._request_object(

@@ -135,21 +135,6 @@ begin
      and t.item_id not in (select i.item_id from seen i);
 end $$;
 
-create or replace function credits._plan_of_price(
-  price_id   text,
-  product_id text
-)
-returns text
-language plpgsql
-stable
-as $$
-begin
-  return coalesce(
-    (select p.code from credits.plans p where _plan_of_price.price_id = any (p.stripe_price_ids) order by p.code limit 1),
-    (select s.plan from credits.sold_prices s where s.stripe_price_id = _plan_of_price.price_id),
-    (select p.code from credits.plans p where p.stripe_product_id = _plan_of_price.product_id));
-end $$;
-
 -- Our state of Stripe's status. A word that we do not know changes nothing.
 create or replace function credits._state_of(
   shape credits.subscription_shape,

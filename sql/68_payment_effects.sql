@@ -187,14 +187,12 @@ as $$
                         (_full_share.totals).captured)
 $$;
 
-create or replace function credits._is_refunded(
-  source_kind text,
-  source_id   text
-)
+drop function if exists credits._is_refunded(text, text);
+create or replace function credits._is_refunded(invoice_id text)
 returns boolean
 language sql
 stable
 as $$
   select credits._firm_share(t) >= 1
-    from credits._payment_totals(_is_refunded.source_kind, _is_refunded.source_id) t
+    from credits._payment_totals('invoice', _is_refunded.invoice_id) t
 $$;

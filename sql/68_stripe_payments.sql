@@ -152,7 +152,8 @@ begin
 end $$;
 
 -- Before something becomes known of a payment: what has fallen due is booked by what was known until now, or a month that had
--- begun would not come after all, and nothing roll over into it. Answers what is disputed of the invoice that it paid.
+-- begun would not come after all, and nothing roll over into it. Answers what is disputed of the invoice that it paid. The row of
+-- a charge is locked first, and not said to be of this payment yet: its disputes would count as known.
 create or replace function credits._before_payment(
   payment_id text,
   charge_id  text default null
@@ -161,7 +162,7 @@ returns bigint
 language plpgsql
 as $$
 begin
-  perform credits._touch('charge', _before_payment.charge_id, _before_payment.payment_id)
+  perform credits._touch('charge', _before_payment.charge_id)
     where _before_payment.charge_id is not null;
   perform credits._lock_account((credits._touch_payment(_before_payment.payment_id)).account_id)
     from credits.stripe_payments p

@@ -16,11 +16,9 @@ begin
     select t.* into v_top_up
       from credits.top_ups t
      where t.account_id = v_intent.account_id and t.top_up_id = v_intent.top_up_id;
-    if not found then  -- of another database at the same Stripe account
-      v_effects := null;
-    elsif v_intent.status = 'succeeded' then
+    if found and v_intent.status = 'succeeded' then  -- if not, it is of another database at the same Stripe account
       v_effects := credits._complete_top_up(v_top_up, v_intent);
-    elsif v_current then
+    elsif found and v_current then
       perform credits._move_top_up(v_top_up, v_intent);
     end if;
   end if;
@@ -119,7 +117,7 @@ begin
    where t.account_id = v_top_up.account_id and t.top_up_id = v_top_up.top_up_id and t.state <> 'succeeded'
   returning t.* into v_top_up;
   if not found then
-    if not exists (select from credits.stripe_facts f where f.kind = 'top_up' and f.ref = v_intent.payment_intent_id) then
+    if not credits._is_fact('top_up', v_intent.payment_intent_id) then
       perform credits._park('top_up_paid_twice', null, jsonb_build_object('top_up_id', (_complete_top_up.top_up).top_up_id));
     end if;
     return null;

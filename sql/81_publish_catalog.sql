@@ -225,9 +225,7 @@ as $$
    where d.change is not null
      and d.stripe_id is distinct from '' and coalesce(d.stripe_id, 'none') ~ '^[A-Za-z0-9_]{1,255}$'
      and not (d.change in ('update', 'deactivate') and coalesce(d.ref = _publish_next.written, false))
-     and not exists (select from credits.stripe_requests r
-                      where r.purpose = 'publish' and r.ref = d.ref
-                        and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown'))
+     and credits._open_request('publish', d.ref) is null
      and not (d.change = 'create'
               and exists (select from differences f
                            where f.section = d.section and f.code = d.code

@@ -11,13 +11,11 @@ as $$
 begin
   lock table credits.plans in share row exclusive mode;
   perform credits._begin_run('sync');
-  perform credits._request('sync', l.kind || ':' || l.active, 'get', '/v1/' || l.kind,
-                           jsonb_build_object('limit', 100, 'active', l.active))
+  perform credits._request('sync', k.kind || ':' || a.active, 'get', '/v1/' || k.kind,
+                           jsonb_build_object('limit', 100, 'active', a.active))
      from unnest(array['products', 'prices']) k (kind)
      cross join unnest(array[true, false]) a (active)
-     cross join lateral (select k.kind, a.active) l
-    where not exists (select from credits.stripe_requests r
-                       where r.purpose = 'sync' and r.ref = l.kind || ':' || l.active and r.state in ('queued', 'sent'));
+    where credits._open_request('sync', k.kind || ':' || a.active) is null;
   return credits._progress('sync');
 end $$;
 comment on function credits.sync_catalog() is
