@@ -104,15 +104,15 @@ as $$
    where credits._is_mail_address(m.address)
 $$;
 
--- One address, and nothing that a mail server could take for two, or a program for a word in another writing (=?...?=).
+-- One address, and nothing that a mail server could take for two or for another, or a program for a word in another writing
+-- (=?...?=).
 create or replace function credits._is_mail_address(address text)
 returns boolean
 language sql
 immutable
 as $$
-  select _is_mail_address.address
-           ~ E'^[^[:space:][:cntrl:]@<>(),:;"\\\\]+@[^[:space:][:cntrl:]@<>(),:;"\\\\]*[^[:space:][:cntrl:]@<>(),:;"\\\\.]$'
-         and position('=?' in _is_mail_address.address) = 0
+  select _is_mail_address.address !~ E'[[:space:][:cntrl:]<>(),:;"\\\\\\[\\]]|=[?]'
+         and _is_mail_address.address ~ '^[^@]+@[^@.]+([.][^@.]+)*$'
 $$;
 
 -- Kinds for customers have words of their own; an operator gets the facts.
