@@ -42,8 +42,9 @@ comment on function credits.set_setting(text, jsonb) is
 'Changes a setting, for every call from now on.
 
 value is JSON of the kind that the setting has: a duration is a text such as "10 minutes", of at most 1000 years (leases of
-requests and notifications: a minute at least), a number a whole one from 0 to 1000000 (low_balance_threshold: one to below
-1e12, as amounts are), a list a list. Deploys leave it as it is.
+requests and notifications, and the longest waits, of a minute at least), a number a whole one from 0 to 1000000
+(low_balance_threshold: to below 1e12, with the decimals of amounts), a list a list. customer_email is true, false, or a list
+of kinds. Deploys leave it as it is.
 Errors: 400 invalid_request, 404 setting_not_found.';
 
 -- Why a value cannot be that of a setting; null if it can.
@@ -94,7 +95,8 @@ as $$
                  case _number_problem.name when 'low_balance_threshold' then 6 else 0 end) n (least, most, decimals)
 $$;
 
--- A worker may take half a minute over what it has claimed: if that were anybody's again by then, it would be done twice.
+-- A worker may take half a minute over what it has claimed: if that were anybody's again by then, it would be done twice. And
+-- what fails is not tried again at once, for ever.
 create or replace function credits._text_problem(
   name  text,
   old   jsonb,
@@ -106,8 +108,8 @@ stable
 as $$
 declare
   v_text  text     := _text_problem.value #>> '{}';
-  v_least interval := case when _text_problem.name in ('notification_lease', 'stripe_request_lease') then '1 minute'
-                           else '0 minutes' end;
+  v_least interval := case when _text_problem.name in ('notification_lease', 'stripe_request_lease', 'job_max_wait',
+                                                       'stripe_event_max_wait') then '1 minute' else '0 minutes' end;
 begin
   return case
     when _text_problem.name in ('product_name', 'stripe_id_prefix') then null
