@@ -108,8 +108,9 @@ stable
 as $$
 declare
   v_text  text     := _text_problem.value #>> '{}';
-  v_least interval := case when _text_problem.name in ('notification_lease', 'stripe_request_lease', 'job_max_wait',
-                                                       'stripe_event_max_wait') then '1 minute' else '0 minutes' end;
+  v_least interval := case when _text_problem.name
+                             in ('notification_lease', 'stripe_request_lease', 'job_max_wait', 'stripe_event_max_wait')
+                           then interval '1 minute' else interval '0 minutes' end;
 begin
   return case
     when _text_problem.name in ('product_name', 'stripe_id_prefix') then null
