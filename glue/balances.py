@@ -64,6 +64,8 @@ def _lines(source: TextIO, name: str) -> Iterator[Line]:
             if any(values):
                 if len(values) != len(header):
                     wrong.append(f"{name}:{begins}: {len(values)} values, but {len(header)} columns")
+                elif "\0" in "".join(values):
+                    wrong.append(f"{name}:{begins}: has a character that PostgreSQL cannot hold")
                 else:
                     yield Line(begins, dict(zip(header, (value.strip() for value in values), strict=True)))
             begins = reader.line_num + 1

@@ -78,6 +78,11 @@ def main() -> None:
     except known as error:
         _complain(error)
         sys.exit(1)
+    except UnicodeEncodeError as error:  # Python keeps bytes that are no text as halves of characters
+        if error.encoding != "utf-8":
+            raise  # what is printed to
+        print(f"pgcredits: not UTF-8, in an argument or a variable: {error.object!a}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def _complain(error: Exception) -> None:

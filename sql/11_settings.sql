@@ -41,8 +41,10 @@ end $$;
 comment on function credits.set_setting(text, jsonb) is
 'Changes a setting, for every call from now on.
 
-value is JSON of the kind that the setting has: a duration is a text such as "10 minutes", of at most 1000 years, a number one
-from 0 to 1000000 (low_balance_threshold: to below 1e12), a list a list. Deploys leave it as it is.
+value is JSON of the kind that the setting has: a duration is a text such as "10 minutes", of at most 1000 years (leases of
+requests and notifications, and the longest waits, of a minute at least), a number a whole one from 0 to 1000000
+(low_balance_threshold: to below 1e12, with the decimals of amounts), a list a list. customer_email is true, false, or a list
+of kinds. Deploys leave it as it is.
 Errors: 400 invalid_request, 404 setting_not_found.';
 
 -- Why a value cannot be that of a setting; null if it can.
@@ -55,28 +57,86 @@ language plpgsql
 stable
 as $$
 declare
-  v_name  text  := (_setting_problem.setting).name;
-  v_old   jsonb := (_setting_problem.setting).value;
-  v_free  boolean := v_name = 'low_balance_threshold';  -- may be null
-  v_kind  text  := case when v_free then 'number' else jsonb_typeof(v_old) end;
-  v_most  numeric := case when v_free then 999999999999 else 1000000 end;
-  v_words text[] := case v_name when 'dispute_freezes' then array['credits', 'account'] end;
+  v_name text  := (_setting_problem.setting).name;
+  v_old  jsonb := (_setting_problem.setting).value;
+  v_kind text  := case v_name when 'low_balance_threshold' then 'number' else jsonb_typeof(v_old) end;
 begin
-  if v_free and _setting_problem.value = 'null' then
+  if v_name = 'low_balance_threshold' and _setting_problem.value = 'null' then
     return null;
+  elsif v_name = 'customer_email' then
+    return credits._mailed_problem(_setting_problem.value);
   elsif v_kind <> 'null' and jsonb_typeof(_setting_problem.value) is distinct from v_kind then
     return format('%s is a JSON %s, such as %s.', v_name, v_kind, v_old);
-  elsif v_kind = 'number' and _setting_problem.value::numeric not between 0 and v_most then
-    return format('%s is a number from 0 to %s.', v_name, v_most);
-  elsif v_kind = 'string' and _setting_problem.value #>> '{}' <> all (v_words) then
-    return format('%s is one of %s.', v_name, array_to_string(v_words, ', '));
-  elsif v_kind = 'string' and v_name not in ('dispute_freezes', 'operator_email', 'product_name', 'stripe_id_prefix')
-        and credits._duration(_setting_problem.value) is null then
-    return format('%s is a duration of at most 1000 years, such as %s.', v_name, v_old);
+  elsif v_kind = 'number' then
+    return credits._number_problem(v_name, _setting_problem.value::numeric);
+  elsif v_kind = 'string' then
+    return credits._text_problem(v_name, v_old, _setting_problem.value);
   elsif v_kind = 'array' and jsonb_path_exists(_setting_problem.value, '$[*] ? (@.type() != "string")') then
     return format('%s is a list of texts.', v_name);
   end if;
   return null;
+end $$;
+
+-- With no attempt at all a notification would be given up unsent.
+create or replace function credits._number_problem(
+  name  text,
+  value numeric
+)
+returns text
+language sql
+immutable
+as $$
+  select case when _number_problem.value between n.least and n.most
+                   and scale(trim_scale(_number_problem.value)) <= n.decimals then null
+              else format('%s is a number from %s to %s, with %s decimals at most.', _number_problem.name, n.least, n.most,
+                          n.decimals) end
+    from (select case _number_problem.name when 'notification_max_attempts' then 1 else 0 end,
+                 case _number_problem.name when 'low_balance_threshold' then 999999999999 else 1000000 end,
+                 case _number_problem.name when 'low_balance_threshold' then 6 else 0 end) n (least, most, decimals)
+$$;
+
+-- A worker may take half a minute over what it has claimed: if that were anybody's again by then, it would be done twice. And
+-- what fails is not tried again at once, for ever.
+create or replace function credits._text_problem(
+  name  text,
+  old   jsonb,
+  value jsonb
+)
+returns text
+language plpgsql
+stable
+as $$
+declare
+  v_text  text     := _text_problem.value #>> '{}';
+  v_least interval := case when _text_problem.name
+                             in ('notification_lease', 'stripe_request_lease', 'job_max_wait', 'stripe_event_max_wait')
+                           then interval '1 minute' else interval '0 minutes' end;
+begin
+  return case
+    when _text_problem.name in ('product_name', 'stripe_id_prefix') then null
+    when _text_problem.name = 'operator_email' then
+      case when v_text <> '' and not credits._is_mail_address(v_text)
+           then 'operator_email is one e-mail address, such as "ops@example.com", or empty.' end
+    when _text_problem.name = 'dispute_freezes' then
+      case when v_text not in ('credits', 'account') then 'dispute_freezes is one of credits, account.' end
+    when credits._duration(_text_problem.value) is null then
+      format('%s is a duration of at most 1000 years, such as %s.', _text_problem.name, _text_problem.old)
+    when credits._duration(_text_problem.value) < v_least then
+      format('%s is a duration of at least %s.', _text_problem.name, v_least) end;
+end $$;
+
+create or replace function credits._mailed_problem(value jsonb)
+returns text
+language plpgsql
+stable
+as $$
+declare
+  v_kinds text[] := array(select k.kind from credits.notification_kinds k where k.audience = 'customer' order by k.kind);
+begin
+  return case
+    when jsonb_typeof(_mailed_problem.value) = 'boolean' then null
+    when jsonb_typeof(_mailed_problem.value) is distinct from 'array' or not _mailed_problem.value <@ to_jsonb(v_kinds) then
+      format('customer_email is true, false, or a list of some of %s.', array_to_string(v_kinds, ', ')) end;
 end $$;
 
 -- Null for what is none. A bare number is none either: nobody can tell its unit. From now it reaches no moment, either way,

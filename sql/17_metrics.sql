@@ -195,11 +195,12 @@ returns setof credits.metric
 language sql
 stable
 as $$
-  with open as materialized (
-    select d.state, count(*) as deliveries,
-           extract(epoch from _notification_metrics.at
-                              - min(case d.state when 'pending' then d.next_attempt_at else d.locked_until end)) as late
+  with open as materialized (  -- what waits for an endpoint that is switched off is not late
+    select d.state, count(*) as deliveries, extract(epoch from _notification_metrics.at
+             - min(case d.state when 'pending' then d.next_attempt_at else d.locked_until end)
+               filter (where e.name is null)) as late
       from credits.notification_deliveries d
+      left join credits.notification_endpoints e on d.channel = 'webhook' and e.name = d.target and not e.enabled
      where d.state in ('pending', 'sent', 'dead')
      group by d.state
   )

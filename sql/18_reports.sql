@@ -59,12 +59,14 @@ create or replace view credits.report_revenue as
 select (p.completed_at at time zone 'UTC')::date as day, p.package, p.currency, p.livemode, count(*) as purchases,
        trim_scale(sum(p.credits)) as credits, sum(p.amount)::bigint as amount, sum(p.amount_tax)::bigint as tax,
        sum(p.amount_refunded)::bigint as refunded, sum(p.amount_disputed)::bigint as disputed,
-       (sum(p.amount) - sum(p.amount_tax) - sum(p.amount_refunded) - sum(p.amount_disputed))::bigint as net
+       sum(coalesce(round((p.amount - p.amount_refunded - p.amount_disputed) * (1 - p.amount_tax::numeric / nullif(p.amount, 0))),
+                    0))::bigint as net
   from credits.purchases p
  where p.completed_at is not null
  group by 1, 2, 3, 4;
 comment on view credits.report_revenue is
-  'Every day: what packages brought, by day and package. net is amount less tax and what went back or is asked back by now.';
+  'Every day: what packages brought, by day and package. net is what of amount did not go back and is not asked back by now, '
+  'without its share of the tax.';
 
 create or replace view credits.report_liability as
 select g.kind::text as kind, g.cost_currency as currency, count(*) as grants, trim_scale(sum(g.remaining + g.held)) as credits,

@@ -290,7 +290,7 @@ begin
   if v_plan.reason <> 'waits' then
     perform credits._notify(v_rule.account_id, 'top_up_refused',
       concat_ws(':', v_rule.account_id, v_plan.reason, extract(epoch from v_rule.updated_at),
-                (select max(t.created_at) from credits.top_ups t where t.account_id = v_rule.account_id)),
+                (select extract(epoch from max(t.created_at)) from credits.top_ups t where t.account_id = v_rule.account_id)),
       jsonb_build_object('reason', v_plan.reason, 'available', _put_off.available, 'threshold', v_rule.threshold,
         'package', v_rule.package, 'quantity', v_plan.quantity, 'amount', v_plan.amount, 'currency', v_plan.currency,
         'monthly_cap', v_rule.monthly_cap, 'daily_cap', v_rule.daily_cap));

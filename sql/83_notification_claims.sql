@@ -22,7 +22,9 @@ begin
                                            claim_notifications.channels)
   loop
     v_message := credits._compose(v_delivery);
-    if v_message.address is null then
+    if v_message.address is null and v_message.channel = 'webhook' then  -- told while its endpoint was removed
+      delete from credits.notification_deliveries d where d.delivery_id = v_delivery.delivery_id;
+    elsif v_message.address is null then
       perform credits._close_delivery(v_delivery, 'dead', null, 'There is no address to send it to.');
     elsif v_delivery.attempts > credits._setting('notification_max_attempts')::integer then
       perform credits._close_delivery(v_delivery, 'dead', null, 'No worker came back with it.');
@@ -71,6 +73,8 @@ begin
          group by s.channel, s.target
       ), served as (
         select b.channel, b.target from busy b where b.places >= v_share
+        union all  -- switched off: neither what was written meanwhile nor what nobody brought back goes out
+        select 'webhook', e.name from credits.notification_endpoints e where not e.enabled
       ), waiting as (
         select w.*
           from unnest(_take_deliveries.channels) c (channel),

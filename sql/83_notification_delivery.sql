@@ -220,20 +220,23 @@ begin
   return case when found then v_delivery else _reopen_delivery.delivery end;
 end $$;
 
--- What goes to an endpoint that is switched off waits until it is on again.
+-- What goes to an endpoint that is switched off waits until it is on again. Its row is locked until that is committed: who
+-- switches it on must find all that waits.
 create or replace function credits._send_at(
   channel text,
   target  text,
   at      timestamptz
 )
 returns timestamptz
-language sql
-stable
+language plpgsql
 as $$
-  select case when _send_at.channel = 'email'
-                or exists (select from credits.notification_endpoints e where e.name = _send_at.target and e.enabled)
-              then _send_at.at else 'infinity' end
-$$;
+begin
+  perform
+    from credits.notification_endpoints e
+   where _send_at.channel = 'webhook' and e.name = _send_at.target and not e.enabled
+     for share;
+  return case when found then 'infinity' else _send_at.at end;
+end $$;
 
 create or replace function credits._delivery_result(delivery credits.notification_deliveries)
 returns credits.delivery_result

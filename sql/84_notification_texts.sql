@@ -89,7 +89,6 @@ as $$
     from (select (_webhook_body.notification).*) n
 $$;
 
--- One address, and nothing that a mail server could take for two, or a program for a word in another writing (=?...?=).
 create or replace function credits._mail_address(
   account_id text,
   target     text
@@ -102,8 +101,18 @@ as $$
     from (select case _mail_address.target
                    when 'operator' then credits._setting('operator_email') #>> '{}'
                    else (select a.email from credits.accounts a where a.account_id = _mail_address.account_id) end) m (address)
-   where m.address ~ E'^[^[:space:][:cntrl:]@<>(),:;"\\\\]+@[^[:space:][:cntrl:]@<>(),:;"\\\\]*[^[:space:][:cntrl:]@<>(),:;"\\\\.]$'
-     and position('=?' in m.address) = 0
+   where credits._is_mail_address(m.address)
+$$;
+
+-- One address, and nothing that a mail server could take for two or for another, or a program for a word in another writing
+-- (=?...?=).
+create or replace function credits._is_mail_address(address text)
+returns boolean
+language sql
+immutable
+as $$
+  select _is_mail_address.address !~ E'[[:space:][:cntrl:]<>(),:;"\\\\\\[\\]]|=[?]'
+         and _is_mail_address.address ~ '^[^@]+@[^@.]+([.][^@.]+)*$'
 $$;
 
 -- Kinds for customers have words of their own; an operator gets the facts.

@@ -327,6 +327,20 @@ def test_what_a_rule_forbids_is_not_bought_and_no_debit_fails_for_it(
     assert (requests(ledger), told(ledger)) == ([], ["refused"]), "told once"
 
 
+@ONE_ENGINE
+def test_a_refusal_is_told_once_in_whatever_time_zone_a_session_is(ledger: Ledger) -> None:
+    started(ledger, cap=1000)
+    answer(ledger, intent(ledger))
+    ledger.use(1000)
+    ledger.now += HOUR
+    assert ledger.run_auto_topups() == 1
+    assert told(ledger) == ["started", "done", "refused"]
+    ledger.conn.execute("set local time zone 'Asia/Tokyo'")
+    ledger.now += HOUR
+    assert ledger.run_auto_topups() == 1
+    assert told(ledger) == ["started", "done", "refused"]
+
+
 def test_caps_and_cool_down_are_counted_from_rows_over_a_moving_window(ledger: Ledger) -> None:
     rule(ledger, cap=3000, daily_cap=2000)
     started_at: list[timedelta] = []

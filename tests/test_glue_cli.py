@@ -14,7 +14,7 @@ import httpx
 import psycopg
 import pytest
 from five_ways import JWT_SECRET, SERVICE, login, token
-from servers import Database
+from servers import ONE_ENGINE, Database
 
 from pgcredits import __version__, migrate
 from pgcredits.settings import Settings, SettingsError
@@ -232,6 +232,28 @@ def test_a_word_that_is_none_finds_not_nothing_but_is_refused(database: Database
 def test_what_is_not_found_is_said_once(database: Database) -> None:
     answer = pgcredits(environment(PGCREDITS_DSN=database.dsn), "events", "show", "evt_nope")
     assert answer.stderr == 'pgcredits: event_not_found · {"event_id": "evt_nope"}\n'
+
+
+@ONE_ENGINE
+def test_what_is_no_text_is_said_in_a_line(database: Database) -> None:
+    env = environment(PGCREDITS_DSN=database.dsn)
+    broken = b"M\xfcller".decode(errors="surrogateescape")  # as a terminal in Latin-1 writes it
+    for command in (["erase", broken, "--yes"], ["jobs", "run", broken], ["status", "--dsn", f"host={broken}"]):
+        answer = pgcredits(env, *command)
+        assert answer.returncode == 1
+        assert answer.stderr.startswith("pgcredits: not UTF-8, in an argument or a variable: ")
+        assert "M\\udcfcller" in answer.stderr
+        assert answer.stderr.count("\n") == 1, answer.stderr
+
+
+@ONE_ENGINE
+def test_a_setting_is_json_or_a_text(database: Database) -> None:
+    env = environment(PGCREDITS_DSN=database.dsn)
+    for value in ("NaN", "1e999", "[" * 10_000):  # which Python's reader takes, or breaks off at
+        assert pgcredits(env, "settings", "set", "product_name", value).stdout == f'product_name = "{value}"\n'
+        answer = pgcredits(env, "settings", "set", "expiring_soon_days", value)
+        assert answer.returncode == 1
+        assert "expiring_soon_days is a JSON number, such as 7." in answer.stderr
 
 
 def test_data_that_cannot_be_kept_are_one_line(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ BROKEN = {
     "key,account_id,amount\n1,alpha,5\n2,alpha\n": ":3: 2 values, but 3 columns",
     "key,account_id,amount\n1,alpha,5,6\n2,alpha,5\n3\n": ":2: 4 values, but 3 columns\n{file}:4: 1 values, but",
     'key,account_id,amount\n1,"al"pha,5\n': ":2: ",
+    "key,account_id,amount\n1,al\0pha,5\n": ":2: has a character that PostgreSQL cannot hold",
 }
 
 

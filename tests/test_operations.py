@@ -179,12 +179,31 @@ def test_what_a_hold_has_of_a_grant_that_ended_is_still_owed(ledger: Ledger) -> 
         assert counted == owed == ledger.get_balance("alpha").by_kind == {"bonus": 10, "promo": 40 - used}
 
 
+def test_what_goes_back_takes_its_share_of_the_tax_with_it(ledger: Ledger) -> None:
+    ledger.load_demo_catalog()
+    ledger.open_account("alpha")
+    ledger.tell("checkout.session.completed", session(amount_total=1190, total_details={"amount_tax": 190}))
+    goes_back = ((0, 0, 1000), (119, 0, 900), (119, 119, 800), (1190, 0, 0), (0, 1190, 0), (5, 0, 996))
+    for refunded, disputed, net in goes_back:
+        ledger.change("update credits.purchases set amount_refunded = %s, amount_disputed = %s", refunded, disputed)
+        (sold,) = ledger.query("select * from credits.report_revenue")
+        assert (sold.amount, sold.tax, sold.net) == (1190, 190, net)
+    ledger.change("update credits.purchases set amount_refunded = 0, amount = 0, amount_tax = 0")
+    assert ledger.query("select net from credits.report_revenue") == [(0,)]
+
+
 def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     good = {"past_due_grace": "0 days", "stripe_event_max_attempts": 5, "dispute_freezes": "account",
-            "allowed_redirect_urls": ["https://shop.example"], "low_balance_threshold": 5}  # fmt: skip
+            "allowed_redirect_urls": ["https://shop.example"], "low_balance_threshold": 5, "expiring_soon_days": 0,
+            "operator_email": "ops@example.com", "customer_email": ["refund", "low_balance"],
+            "notification_lease": "1 minute", "job_lease": "0 minutes"}  # fmt: skip
     bad: dict[str, list[Any]] = {"stripe_event_max_attempts": ["5", -1, None, 2**31],
            "job_history": ["2000 years", "1"], "dispute_freezes": ["all", ""],
-           "allowed_redirect_urls": ["https://shop.example", [1], {}], "low_balance_threshold": ["5", -1]}  # fmt: skip
+           "allowed_redirect_urls": ["https://shop.example", [1], {}], "low_balance_threshold": ["5", -1, 1e-7],
+           "expiring_soon_days": [7.5], "notification_max_attempts": [0], "operator_email": ["ops", "a@x.com, b@x.com"],
+           "customer_email": ["low_balance", ["job_failed"], [1], {}, None],
+           "notification_lease": ["0 seconds"], "stripe_request_lease": ["30 seconds"],
+           "job_max_wait": ["0 seconds"], "stripe_event_max_wait": ["59 seconds"]}  # fmt: skip
     for name, value in good.items():
         assert ledger.set_setting(name, value).value == value
     for name, values in bad.items():
@@ -194,6 +213,7 @@ def test_settings_are_of_their_kind(ledger: Ledger) -> None:
     settings = {row.name: row.value for row in ledger.list_settings()}
     assert {name: settings[name] for name in good} == good
     assert ledger.set_setting("low_balance_threshold", None).value is None
+    assert ledger.set_setting("customer_email", value=True).value is True  # after a list
 
 
 def test_sums_of_a_time_to_come_are_not_kept(ledger: Ledger) -> None:

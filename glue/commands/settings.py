@@ -34,6 +34,8 @@ def set_(
 
 def _json_or_text(value: str) -> Any:
     try:
-        return json.loads(value)
-    except ValueError:
+        found = json.loads(value)
+        json.dumps(found, allow_nan=False)  # Python reads NaN, Infinity and 1e999, which are no JSON
+    except (ValueError, RecursionError):
         return value
+    return found
