@@ -1,5 +1,5 @@
 -- What jobs do whose verbs are elsewhere: a batch of each, answering with how many rows it did. The ones that book
--- accounts are in 13_due_accounts, the cache's in 52_subscription_cache.
+-- accounts are in 13_due_accounts, the cache's in 52_cache_cleanup.
 
 create or replace function credits._retry_stripe_events(max_rows integer)
 returns bigint

@@ -41,8 +41,9 @@ comment on function credits.reconcile_stripe(timestamptz, boolean) is
 It returns at once; the worker reads Stripe''s lists, get_reconciliation() says how far it is, list_stripe_gaps() what it found. The own
 account is looked at first, then each connected one that an endpoint names and that lets us in.
 Without repair nothing changes. With repair each object that never arrived is retrieved and applied as its event would be, once,
-even if the event comes meanwhile; what an endpoint saw in shadow mode is left to replay_stripe_event(). One run at a time: while one is running it is answered, whatever the arguments. since is by
-default the setting reconcile_window ago, and compared with when Stripe made the object, not with when it was paid.
+even if the event comes meanwhile; what an endpoint saw in shadow mode is left to replay_stripe_event(). One run at a time: while
+one is running it is answered, whatever the arguments. since is by default the setting reconcile_window ago, and compared with
+when Stripe made the object, not with when it was paid.
 Errors: 400 invalid_request.';
 
 create or replace function credits.get_reconciliation(run_id bigint default null)

@@ -122,8 +122,9 @@ returns credits.account_result
 language sql
 immutable
 as $$
-  select row((_account_result.account).account_id, (_account_result.account).kind, (_account_result.account).status, (_account_result.account).plan, (_account_result.account).email,
-             (_account_result.account).created_at, replayed)::credits.account_result
+  select row((_account_result.account).account_id, (_account_result.account).kind, (_account_result.account).status,
+             (_account_result.account).plan, (_account_result.account).email, (_account_result.account).created_at,
+             _account_result.replayed)::credits.account_result
 $$;
 
 create or replace function credits._account(account_id text)

@@ -49,8 +49,8 @@ comment on function credits.erase_account(text, boolean) is
 Gone are e-mail, metadata, descriptions, subjects, members, notifications'' data, and what Stripe sent of its customer but for
 ids, amounts, moments and states. The account_id, keys, reservation ids and Stripe''s ids stay: they are what the books and
 their hashes refer to. What credits are left is taken back (forfeited). Its plan of our own ends. While reservations are open
-(unless release_holds), a subscription of Stripe lives, a request to Stripe waits or a top-up is on its way it is refused. Safe to repeat, which erases
-what came in since. Reads all stored events and objects of Stripe.
+(unless release_holds), a subscription of Stripe lives, a request to Stripe waits or a top-up is on its way it is refused. Safe
+to repeat, which erases what came in since. Reads all stored events and objects of Stripe.
 Errors: 400 invalid_request, 404 account_not_found, 409 account_in_use.';
 
 create or replace function credits.erase_member(

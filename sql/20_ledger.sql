@@ -218,6 +218,7 @@ returns credits.entry_result
 language sql
 immutable
 as $$
-  select row((_entry_result.entry).entry_seq, (_entry_result.entry).account_id, (_entry_result.entry).amount, (_entry_result.entry).debt, (_entry_result.entry).balance_after,
-             (_entry_result.entry).available_after, (_entry_result.entry).created_at, replayed)::credits.entry_result
+  select row((_entry_result.entry).entry_seq, (_entry_result.entry).account_id, (_entry_result.entry).amount,
+             (_entry_result.entry).debt, (_entry_result.entry).balance_after, (_entry_result.entry).available_after,
+             (_entry_result.entry).created_at, _entry_result.replayed)::credits.entry_result
 $$;

@@ -121,6 +121,7 @@ returns credits.transfer_result
 language sql
 immutable
 as $$
-  select row((_transfer_result.entry).entry_seq, (_transfer_result.entry).account_id, to_account_id, -(_transfer_result.entry).amount, (_transfer_result.entry).balance_after,
-             (_transfer_result.entry).available_after, (_transfer_result.entry).created_at, replayed)::credits.transfer_result
+  select row((_transfer_result.entry).entry_seq, (_transfer_result.entry).account_id, _transfer_result.to_account_id,
+             -(_transfer_result.entry).amount, (_transfer_result.entry).balance_after, (_transfer_result.entry).available_after,
+             (_transfer_result.entry).created_at, _transfer_result.replayed)::credits.transfer_result
 $$;

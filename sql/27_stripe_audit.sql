@@ -26,7 +26,7 @@ begin
       left join credits.grants g on g.account_id = p.account_id and g.grant_id = p.grant_id
      where a.sign = 1 and a.kind = 'purchase'
      group by a.account_id, a.allowance_id, a.first_credits
-    having a.first_credits is distinct from sum(g.amount);
+    having a.first_credits <> coalesce(sum(g.amount), 0);
   return query
     select 'subscriptions_are_as_mirrored', s.account_id,
            jsonb_build_object('subscription_id', s.subscription_id, 'status', s.status)

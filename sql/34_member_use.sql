@@ -98,7 +98,8 @@ end $$;
 
 -- Members as they should be in the month of a moment, by the entries and open reservations: one, those of an account, or
 -- all. What is charged, held or given back belongs to the month in which the spend or the reserve was made. A hold that has
--- run out counts until that is booked. Where nobody knows the time zone there are no months. Part of the plan of whoever calls it, if the moment is a variable.
+-- run out counts until that is booked. Where nobody knows the time zone there are no months. Part of the plan of whoever calls
+-- it, if the moment is a variable.
 create or replace function credits._members_counted(
   account_id text,
   at         timestamptz,

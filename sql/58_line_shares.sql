@@ -62,7 +62,7 @@ begin
     select a.*
       from credits.allowances a
      where a.account_id = _grant_allowances.account_id and a.invoice_id = _grant_allowances.invoice_id
-       and a.sign = 1 and a.kind = 'purchase'
+       and a.sign = 1 and a.kind = 'purchase' and a.first_credits > 0
      order by a.allowance_id
   loop
     v_effects := v_effects || credits._grant_line(v_line, v_line.first_credits, 0);
@@ -126,9 +126,6 @@ as $$
 declare
   v_line credits.allowances := _grant_line.line;
 begin
-  if _grant_line.amount = 0 then
-    return null;
-  end if;
   return credits._grant_slice(v_line.account_id, v_line.subscription_id, v_line.allowance_id, v_line.invoice_id, 0,
     _grant_line.amount, v_line.kind, v_line.plan, v_line.period_start, v_line.slice_end, v_line.expires_at,
     format('sub:%s:%s', v_line.invoice_id, v_line.line_id) || case when _grant_line.parts > 0 then ':' || _grant_line.parts else '' end);
@@ -190,7 +187,8 @@ language sql
 stable
 as $$
   select a.allowance_id, row_number() over earlier,
-         least(a.first_credits, greatest(0, c.cap - coalesce(sum(a.first_credits) over (earlier rows between unbounded preceding and 1 preceding), 0))),
+         least(a.first_credits,
+               greatest(0, c.cap - coalesce(sum(a.first_credits) over (earlier rows between unbounded preceding and 1 preceding), 0))),
          p.granted, p.parts
     from credits.allowances a,
          lateral (select coalesce(sum(g.amount - n.moved), 0) as granted, count(*) as parts

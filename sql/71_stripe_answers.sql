@@ -66,7 +66,8 @@ leaves a post unknown that was sent before, as claim_stripe_requests says. 401: 
 told as stripe_key_refused. No answer, one that is neither an object nor an error of Stripe''s, 409, 429, 5xx, and what cannot be
 applied yet: sent again under the same key after 1 s, 4 s, 15 s, 1 min, 5 min, then every 15 min, each up to a fifth longer by its
 request_id, after 429 from 15 s on, and not before a Retry-After. After stripe_event_max_attempts of them a request fails, told as
-stripe_request_given_up; a post goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is done already changes nothing.
+stripe_request_given_up; a post goes on as claim_stripe_requests says, and is unknown rather than failed. An answer to what is
+done already changes nothing.
 Errors: 404 request_not_found.';
 
 -- In the order of this list. An answer that is no JSON does not come from Stripe, whatever its status; nor does JSON that is
