@@ -55,7 +55,7 @@ def test_what_never_arrived_is_shown_and_then_repaired(database: Database, fake:
         assert shown.exit_code == 1, shown.output
         assert "7 compared, 7 had not arrived; 0 repaired, 0 under way, 5 remain, 2 of others." in shown.output
         assert ledger.available() == 0
-        fake.script("500", None, "cut after", "429")
+        fake.script("500", None, "cut after")
         repaired = command(database, fake, "--since", "7d", "--repair")
         assert repaired.exit_code == 0, repaired.output
         assert "7 compared, 7 had not arrived; 6 repaired, 0 under way, 0 remain, 1 of others." in repaired.output
