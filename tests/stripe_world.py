@@ -81,7 +81,7 @@ class Event:
 def thin(event: Event) -> Event:
     """The same, told by an event of v2: it names its object and does not hold it."""
     about = json.loads(event.payload)["data"]["object"]
-    notice = {
+    notice: Json = {
         "id": f"{event.event_id}_thin", "object": "v2.core.event", "type": f"v1.{event.type}", "livemode": False,
         "created": datetime.fromtimestamp(event.created, UTC).isoformat(timespec="milliseconds"),
         "related_object": {"id": about["id"], "type": about["object"], "url": f"/v1/objects/{about['id']}"},
