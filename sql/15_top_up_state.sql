@@ -194,6 +194,18 @@ as $$
      and credits._open_request('cancel_top_up', t.top_up_id) is null
 $$;
 
+-- Card and rule are still those that it was made for. What changes them later lets go of it by itself.
+create or replace function credits._is_wanted(top_up credits.top_ups)
+returns boolean
+language sql
+stable
+as $$
+  select exists (
+    select from credits.auto_topups r
+     where r.account_id = (_is_wanted.top_up).account_id and r.enabled and r.updated_at <= (_is_wanted.top_up).created_at
+       and (_is_wanted.top_up).payment_method = credits._card_of(credits._customer_of(r.account_id)))
+$$;
+
 create or replace function credits._tell_top_up(
   top_up credits.top_ups,
   type   text

@@ -139,12 +139,10 @@ returns credits.stripe_notice
 language sql
 stable
 as $$
-  select row('request:' || (_shape_answer.request).request_id, coalesce(h.event_type, 'object.' || k.kind), k.kind, k.id,
-             (_shape_answer.request).as_of, _shape_answer.answer, null, true)::credits.stripe_notice
-    from (select case (_shape_answer.request).purpose when 'retrieve' then split_part((_shape_answer.request).ref, ':', 1)
-                                                      else _shape_answer.answer ->> 'object' end,
-                 case (_shape_answer.request).purpose when 'retrieve' then split_part((_shape_answer.request).ref, ':', 2)
-                                                      else _shape_answer.answer ->> 'id' end) k (kind, id)
+  select row('request:' || (_shape_answer.request).request_id, coalesce(h.event_type, k.ref[3], 'object.' || k.ref[1]),
+             k.ref[1], k.ref[2], (_shape_answer.request).as_of, _shape_answer.answer, null, true)::credits.stripe_notice
+    from (select case (_shape_answer.request).purpose when 'retrieve' then string_to_array((_shape_answer.request).ref, ':')
+                 else array[_shape_answer.answer ->> 'object', _shape_answer.answer ->> 'id'] end) k (ref)
     left join credits.stripe_handlers h on h.event_type = 'answer.' || (_shape_answer.request).purpose
 $$;
 

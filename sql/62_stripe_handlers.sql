@@ -192,12 +192,25 @@ returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_customer text := credits._card_customer(_on_payment_method.notice);
+  v_customer text := coalesce(credits._card_customer(_on_payment_method.notice),
+                              credits._customer_of_card((_on_payment_method.notice).object_id));
   v_current  boolean := credits._mirror(_on_payment_method.notice, v_customer);
 begin
   perform credits._refresh_customer(v_customer);
   return credits._mirrored(v_current);
 end $$;
+
+-- An answer about a card that is detached names nobody: whose it was is what is known of it.
+create or replace function credits._customer_of_card(payment_method text)
+returns text
+language sql
+stable
+as $$
+  select coalesce(
+    (select o.ref from credits.stripe_objects o where o.kind = 'payment_method' and o.object_id = _customer_of_card.payment_method),
+    (select min(c.customer_id) from credits.stripe_customers c
+      where c.default_payment_method = _customer_of_card.payment_method))
+$$;
 
 -- What we keep of a customer follows from the snapshots of it and of its card, whichever came last.
 create or replace function credits._refresh_customer(customer_id text)
@@ -243,12 +256,21 @@ begin
   return credits._applied();
 end $$;
 
+-- Some names tell what the object does not show: then the answer speaks under that name.
 create or replace function credits._on_thin_event(notice credits.stripe_notice)
 returns credits.handler_result
 language plpgsql
 as $$
+declare
+  v_told text;
 begin
-  if credits._request_object((_on_thin_event.notice).kind, (_on_thin_event.notice).object_id) is null then
+  select h.event_type into v_told
+    from credits.stripe_events e
+    join credits.stripe_handlers h on 'v1.' || h.event_type = e.type
+   where e.event_id = (_on_thin_event.notice).event_id
+     and h.event_type in ('checkout.session.async_payment_failed', 'invoice.payment_failed', 'invoice.payment_action_required',
+                          'invoice.finalization_failed', 'invoice.overdue');
+  if credits._request_object((_on_thin_event.notice).kind, (_on_thin_event.notice).object_id, told => v_told) is null then
     return credits._ignored('type_not_handled');
   end if;
   return credits._applied(null, 'retrieve_queued');

@@ -247,17 +247,19 @@ as $$
      and r.state in ('queued', 'sent', 'processing', 'requires_action', 'unknown')
 $$;
 
--- A retrieve of something that Stripe can tell, where it lives. What has no address, or an id that is none, is left alone, and
--- so is what lives where we are let in no more: it would be refused each time.
+-- A retrieve of something that Stripe can tell, where it lives, and the type of event that its answer is, if any. What has no
+-- address, or an id that is none, is left alone, and so is what lives where we are let in no more: it would be refused each time.
+drop function if exists credits._request_object(text, text, timestamptz);
 create or replace function credits._request_object(
   kind      text,
   object_id text,
-  run_at    timestamptz default null
+  run_at    timestamptz default null,
+  told      text        default null
 )
 returns bigint
 language sql
 as $$
-  select credits._request('retrieve', _request_object.kind || ':' || _request_object.object_id, 'get',
+  select credits._request('retrieve', concat_ws(':', _request_object.kind, _request_object.object_id, _request_object.told), 'get',
                           replace(p.path, '*', _request_object.object_id),
                           case when p.list then '{"limit": 100}'
                                when _request_object.kind = 'invoice_payments' then jsonb_build_object('limit', 100, 'payment',
@@ -285,15 +287,4 @@ as $$
                                                       else p.kind end, _request_object.object_id)) h (stripe_account)
    where p.kind = _request_object.kind and _request_object.object_id ~ '^[A-Za-z0-9_]{1,255}$'
      and not credits._is_disconnected(h.stripe_account)
-$$;
-
--- What a parked event lacks, if it is something that can be asked for and is not known.
-create or replace function credits._request_missing(waits_for text)
-returns void
-language sql
-as $$
-  select credits._request_object(split_part(_request_missing.waits_for, ':', 1), split_part(_request_missing.waits_for, ':', 2))
-   where _request_missing.waits_for is not null
-     and credits._snapshot(split_part(_request_missing.waits_for, ':', 1),
-                           split_part(_request_missing.waits_for, ':', 2)) is null
 $$;

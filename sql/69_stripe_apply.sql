@@ -209,6 +209,17 @@ as $$
    where e.event_id = w.event_id
 $$;
 
+-- What a parked event lacks, if it is something that can be asked for and is not known.
+create or replace function credits._request_missing(waits_for text)
+returns void
+language sql
+as $$
+  select credits._request_object(split_part(_request_missing.waits_for, ':', 1), split_part(_request_missing.waits_for, ':', 2))
+   where _request_missing.waits_for is not null
+     and credits._snapshot(split_part(_request_missing.waits_for, ':', 1),
+                           split_part(_request_missing.waits_for, ':', 2)) is null
+$$;
+
 -- Ends a handler whose event needs something that is not known. Its effects are undone and the event waits.
 create or replace function credits._park(
   reason    text,

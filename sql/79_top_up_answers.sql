@@ -74,6 +74,7 @@ begin
          set status = 'processing', stripe_payment_intent_id = v_intent.payment_intent_id
        where p.account_id = v_top_up.account_id and p.purchase_id = v_top_up.purchase_id;
       perform credits._tell_top_up(v_top_up, 'top_up_action_required') where v_intent.status = 'requires_action';
+      perform credits._let_go(v_top_up.account_id) where not credits._is_wanted(v_top_up);
     end if;
   elsif v_intent.status = 'canceled' or v_intent.status = 'requires_payment_method' and v_intent.error_code is not null then
     v_top_up.payment_intent_id := v_intent.payment_intent_id;

@@ -78,6 +78,17 @@ class Event:
     payload: str
 
 
+def thin(event: Event) -> Event:
+    """The same, told by an event of v2: it names its object and does not hold it."""
+    about = json.loads(event.payload)["data"]["object"]
+    notice: Json = {
+        "id": f"{event.event_id}_thin", "object": "v2.core.event", "type": f"v1.{event.type}", "livemode": False,
+        "created": datetime.fromtimestamp(event.created, UTC).isoformat(timespec="milliseconds"),
+        "related_object": {"id": about["id"], "type": about["object"], "url": f"/v1/objects/{about['id']}"},
+    }  # fmt: skip
+    return Event(notice["id"], event.type, event.created, json.dumps(notice))
+
+
 @dataclass
 class Act:
     """Events that may come in any order. What ends the act happens when all of them have come."""

@@ -668,8 +668,6 @@ def test_a_card_that_was_detached_unheard_is_found_out(ledger: Ledger) -> None:
     assert look.path == "/v1/payment_methods/pm_1"
     card = {"id": "pm_1", "object": "payment_method", "customer": None}
     ledger.complete_stripe_request(look.request_id, 200, json.dumps(card))
-    ledger.now += MINUTE
-    ledger.tell("customer.updated", customer(name="Alpha"))
     with refused(409, "card_missing"):
         rule(ledger)
 
@@ -689,6 +687,18 @@ def test_a_payment_that_waits_for_its_buyer_is_let_go_of_when_the_card_changes(l
     assert [row.state for row in ledger.table("top_ups", "true order by created_at")] == ["failed", "queued"]
     assert (request(ledger).params["payment_method"], purchases(ledger)) == ("pm_2", ["failed", "pending"])
     assert_sound(ledger)
+
+
+@pytest.mark.parametrize("change", [change_card, Ledger.remove_auto_topup, partial(rule, threshold=50)])
+def test_it_is_let_go_of_too_where_that_it_waits_is_known_later(ledger: Ledger, change: Callable[..., Any]) -> None:
+    started(ledger)
+    ledger.claim_stripe_requests()
+    ledger.now += MINUTE
+    change(ledger, *(["alpha"] if change is Ledger.remove_auto_topup else []))
+    assert answer(ledger, intent(ledger, "requires_action")) == "done"
+    (cancel,) = ledger.table("stripe_requests", "purpose = 'cancel_top_up'")
+    ledger.complete_stripe_request(cancel.request_id, 200, json.dumps(intent(ledger, "canceled", 0)))
+    assert how(ledger)[2] in {None, "queued"}
 
 
 def test_who_is_erased_is_not_topped_up(ledger: Ledger) -> None:

@@ -651,11 +651,11 @@ def test_an_endpoint_is_set_and_set_anew(ledger: Ledger) -> None:
 # Thin events ---------------------------------------------------------------------------------------------------------
 
 
-def thin(event_type: str, kind: str, object_id: str) -> str:
+def thin(event_type: str, kind: str, object_id: str, event_id: str = "evt_1") -> str:
     """A notification that only names its object."""
     related = {"id": object_id, "type": kind, "url": f"/v1/{kind}/{object_id}"}
     return json.dumps({
-        "id": "evt_1", "object": "v2.core.event", "type": event_type, "created": "2030-01-31T12:00:00.000Z",
+        "id": event_id, "object": "v2.core.event", "type": event_type, "created": "2030-01-31T12:00:00.000Z",
         "livemode": False, "related_object": related,
     })  # fmt: skip
 
@@ -672,6 +672,30 @@ def test_a_thin_event_is_stored_and_its_object_retrieved_and_applied(ledger: Led
     assert answer(ledger, session()).state == "done"
     assert ledger.available() == 1000
     assert_sound(ledger)
+
+
+def test_what_a_thin_event_tells_while_an_answer_is_on_its_way_is_asked_for_again(ledger: Ledger) -> None:
+    ledger.receive_stripe_event("default", thin("v1.checkout.session.completed", "checkout.session", "cs_1"))
+    (early,) = ledger.claim_stripe_requests()
+    ledger.now += SECOND
+    paid = thin("v1.checkout.session.async_payment_succeeded", "checkout.session", "cs_1", "evt_2")
+    ledger.receive_stripe_event("default", paid)
+    ledger.complete_stripe_request(early.request_id, 200, json.dumps(session(payment_status="unpaid")))
+    assert answer(ledger, session()).state == "done"
+    assert (ledger.available(), ledger.table("stripe_requests", "state = 'queued'")) == (1000, [])
+
+
+@pytest.mark.parametrize("told", ["checkout.session.async_payment_failed", "invoice.payment_failed"])
+def test_what_only_the_name_of_a_thin_event_tells_is_done(ledger: Ledger, told: str) -> None:
+    ledger.tell("customer.created", {"id": "cus_1", "object": "customer", "metadata": {"account_id": "alpha"}})
+    kind = told.rpartition(".")[0]
+    about = session(payment_status="unpaid") if kind == "checkout.session" else {
+        "id": "cs_1", "object": "invoice", "status": "open", "customer": "cus_1", "attempt_count": 1,
+    }  # fmt: skip
+    ledger.receive_stripe_event("default", thin(f"v1.{told}", kind, "cs_1"))
+    assert answer(ledger, about).state == "done"
+    assert [row.account_id for row in ledger.table("notifications", "type like '%%payment_failed'")] == ["alpha"]
+    assert [row.status for row in ledger.list_purchases()] == ["failed"] * (kind == "checkout.session")
 
 
 @pytest.mark.parametrize("kind", ["v2.money_management.payout", "checkout.session.x", "../secrets"])

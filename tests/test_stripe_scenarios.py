@@ -16,7 +16,7 @@ from psycopg import Connection
 from scenarios import STORIES, Outcome, changes, failures, purchases, refunds, subscriptions
 from scenarios.chance import Chance
 from servers import ONE_ENGINE, Database
-from stripe_world import START, Event, Shape, World, prepare, settle
+from stripe_world import START, Event, Shape, World, prepare, settle, thin
 
 ALL = (purchases, subscriptions, changes, failures, refunds)  # importing them lists their stories
 SHAPES: list[Shape] = ["old", "new"]
@@ -305,16 +305,24 @@ def test_what_is_spent_meanwhile_is_missing_once(ledger: Ledger, name: str) -> N
     assert_sound(ledger)
 
 
+def thinned(events: list[Event], random: Random) -> list[Event]:
+    """The same, half of them thin. Since when a subscription is past due, only a snapshot of that time can tell."""
+    return [
+        thin(event) if random.random() < 0.5 and not event.type.startswith("customer.subscription") else event
+        for event in events
+    ]
+
+
 @ONE_ENGINE
 @pytest.mark.parametrize("seed", range(30))
 def test_stories_made_by_chance_end_in_one_state(ledger: Ledger, seed: int) -> None:
     world, random = World(SHAPES[seed % 2]), Random(seed)
     Chance(world, random).play(steps=12)
     expected: State = {}
-    for order in orders(world, random, samples=2):
+    for number, order in enumerate(orders(world, random, samples=2)):
         with undone(ledger):
             ledger.now = world.moment + MINUTE
-            tell(ledger, world, order)
+            tell(ledger, world, [thinned(events, random) for events in order] if number == 3 else order)
             expected = expected or living(ledger)
             assert_same(living(ledger), expected)
     with undone(ledger):

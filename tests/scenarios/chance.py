@@ -25,8 +25,11 @@ class Chance:
             self.random.choice(self.possible())()
 
     def pass_time(self) -> None:
-        """Hours or days pass, but no period of a subscription ends unseen."""
-        hours = self.random.choice([0, 0, 1, 30, 100, 200])
+        """Hours or days pass."""
+        self.wait(self.random.choice([0, 0, 1, 30, 100, 200]))
+
+    def wait(self, hours: int) -> None:
+        """So many hours pass, but no period of a subscription ends unseen."""
         if self.subscription:
             left = (self.world.facts[self.subscription]["end"] - self.world.now) // 3600 - 1
             hours = max(0, min(hours, left))
@@ -60,7 +63,7 @@ class Chance:
 
     def buy_slowly(self) -> None:
         session = self.world.buy("alpha", paid=False)
-        self.world.wait(hours=20)
+        self.wait(20)
         (self.world.pay_late if self.random.random() < 0.5 else self.world.fail_late)(session)
 
     def subscribe(self) -> None:
@@ -138,11 +141,11 @@ class Chance:
 
     def dispute(self) -> None:
         paid = self.random.choice(self.paid)
-        self.paid.remove(paid)
-        self.disputes.append(self.world.dispute(paid))
+        part = self.random.choice([None, None, self.world.charge_of(paid)["amount"] // 3])
+        self.disputes.append(self.world.dispute(paid, part))
 
     def close(self) -> None:
-        self.world.close(self.disputes.pop(), self.random.choice(["won", "lost"]))
+        self.world.close(self.disputes.pop(), self.random.choice(["won", "lost", "prevented"]))
 
 
 class Years(Chance):
