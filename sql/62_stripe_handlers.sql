@@ -264,12 +264,11 @@ as $$
 declare
   v_told text;
 begin
-  select h.event_type into v_told
+  select substr(e.type, 4) into v_told
     from credits.stripe_events e
-    join credits.stripe_handlers h on 'v1.' || h.event_type = e.type
    where e.event_id = (_on_thin_event.notice).event_id
-     and h.event_type in ('checkout.session.async_payment_failed', 'invoice.payment_failed', 'invoice.payment_action_required',
-                          'invoice.finalization_failed', 'invoice.overdue');
+     and e.type in ('v1.checkout.session.async_payment_failed', 'v1.invoice.payment_failed', 'v1.invoice.payment_action_required',
+                    'v1.invoice.finalization_failed', 'v1.invoice.overdue');
   if credits._request_object((_on_thin_event.notice).kind, (_on_thin_event.notice).object_id, told => v_told) is null then
     return credits._ignored('type_not_handled');
   end if;
