@@ -45,7 +45,7 @@ SESSIONS = (
     "select pid from pg_stat_activity where backend_type = 'client backend' and datname = current_database()"
     " and pid <> pg_backend_pid() and application_name <> 'deploy'"
 )
-# In the server's log what is an error has its SQLSTATE in front. Refusals are PT and three digits; what kills bring is known.
+# In the server's log an error has its SQLSTATE in front. Refusals are PT and three digits; what kills bring is known.
 LOG = "log_line_prefix = '%e '\n"
 KNOWN = re.compile(r"(PT\d{3}|57P0[1-3]|53300|08006|08P01|57014|00000) ")
 
@@ -180,7 +180,8 @@ class Doors:
         environment = {
             "PGCREDITS_DSN": dsn, "PGCREDITS_JWT_SECRET": jwt_secret, "PGCREDITS_JWT_AUDIENCE": "credits",
             "PGCREDITS_POOL_TIMEOUT": "2", "PGCREDITS_STRIPE_WAIT": "2",
-            "PGCREDITS_NOTIFY_SECRET": NOTIFY_SECRET, "STRIPE_API_BASE": stripe, "STRIPE_SECRET_KEY": KEY, "STRIPE_WEBHOOK_SECRET": SECRET,
+            "PGCREDITS_NOTIFY_SECRET": NOTIFY_SECRET,
+            "STRIPE_API_BASE": stripe, "STRIPE_SECRET_KEY": KEY, "STRIPE_WEBHOOK_SECRET": SECRET,
         }  # fmt: skip
         with log.open("w") as said:
             self._nursery = subprocess.Popen(
@@ -302,7 +303,7 @@ class Street(World):
     def change_subscription(self, name: str, params: Json) -> tuple[int, Json]:
         """Another price, at once and paid; or an end that is announced, or not any more."""
         known = self.facts[name]
-        if known["status"] == "canceled" or "cancel_at_period_end" in params and known["schedule"]:
+        if known["status"] == "canceled" or ("cancel_at_period_end" in params and known["schedule"]):
             return error(400, "invalid_request_error", message="This cannot be done with this subscription.")
         if "items" in params:
             (item,) = params["items"]
@@ -312,7 +313,7 @@ class Street(World):
                 self.renew(name)
             self.change(name, item["price"].removeprefix("price_"))
         elif params["cancel_at_period_end"] == "true":
-            self.cancel(name, at_period_end=True)
+            self.announce_end(name)
         else:
             self.uncancel(name)
         return 200, self.show(name)
@@ -325,9 +326,9 @@ class Street(World):
         self.cancel(name)
         return 200, self.show(name)
 
-    def make_schedule(self, name: str) -> tuple[int, Json]:
+    def make_schedule(self, _: str, params: Json) -> tuple[int, Json]:
         """A schedule of what a subscription is."""
-        known = self.facts[name]
+        known = self.facts[name := params["from_subscription"]]
         if known["schedule"] or known["status"] == "canceled" or known["cancel_at_period_end"]:
             return error(400, "invalid_request_error", message="This subscription cannot have a schedule.")
         current = known["items"][0]["price"]
@@ -457,9 +458,13 @@ class Street(World):
             elif how < 0.4:
                 self.change(name, quantity=self.luck.randint(1, 3))
             elif how < 0.9:
-                (self.uncancel if known["cancel_at_period_end"] else lambda of: self.cancel(of, at_period_end=True))(name)
+                (self.uncancel if known["cancel_at_period_end"] else self.announce_end)(name)
             else:
                 self.cancel(name)
+
+    def announce_end(self, subscription: str) -> None:
+        """It ends with its period."""
+        self.cancel(subscription, at_period_end=True)
 
     def join(self, session: str) -> None:
         """Somebody subscribes, unless he has done so; or lets it expire."""
@@ -555,31 +560,24 @@ class Bank(StripeFake):
         return answer
 
     def _do(self, call: Call) -> tuple[int, Json]:
-        street = self.street
-        match call.method, call.path:
-            case "GET", path:
-                since = {name: int(value) for name, value in call.params.get("created", {}).items()}
-                return street.get(path, {**call.params, "created": since}, street.now)
-            case "POST", "/v1/customers":
-                return 200, street.make_customer(call.params)
-            case "POST", "/v1/checkout/sessions":
-                return 200, street.checkout(call.params)
-            case "POST", "/v1/payment_intents":
-                return street.charge_card(call.params)
-            case "POST", "/v1/refunds":
-                return street.give_back(call.params)
-            case "POST", "/v1/billing_portal/sessions":
-                return 200, street.portal(call.params)
-            case "POST", "/v1/subscription_schedules":
-                return street.make_schedule(call.params["from_subscription"])
-        method, (*_, collection, name) = call.method, call.path.split("/")
-        if collection == "subscriptions":
-            return street.end_subscription(name) if method == "DELETE" else street.change_subscription(name, call.params)
-        if collection == "subscription_schedules":
-            return street.change_schedule(name, call.params)
-        if name == "release":
-            return street.release_schedule(collection)
-        return error(404, "invalid_request_error", message="Unrecognized request URL")
+        street, params = self.street, call.params
+        if call.method == "GET":
+            since = {name: int(value) for name, value in params.get("created", {}).items()}
+            return street.get(call.path, {**params, "created": since}, street.now)
+        collection, name, *action = re.sub("^/v1/(checkout/|billing_portal/)?", "", call.path + "/").split("/")[:3]
+        does: dict[str, Callable[[], tuple[int, Json]]] = {
+            "POST customers": lambda: (200, street.make_customer(params)),
+            "POST sessions": lambda: (200, street.checkout(params) if "mode" in params else street.portal(params)),
+            "POST payment_intents": lambda: street.charge_card(params),
+            "POST refunds": lambda: street.give_back(params),
+            "POST subscriptions": lambda: street.change_subscription(name, params),
+            "DELETE subscriptions": lambda: street.end_subscription(name),
+            "POST subscription_schedules":
+                lambda: (street.change_schedule if name else street.make_schedule)(name, params),
+            "POST subscription_schedules release": lambda: street.release_schedule(name),
+        }  # fmt: skip
+        unknown = error(404, "invalid_request_error", message="Unrecognized request URL")
+        return does.get(" ".join(filter(None, [call.method, collection, *action])), lambda: unknown)()
 
 
 class Post:
@@ -678,7 +676,7 @@ class Hearing(BaseHTTPRequestHandler):
 
     server: Receiver
 
-    def do_POST(self) -> None:  # noqa: N802 - http.server's name
+    def do_POST(self) -> None:
         body, hears = self.rfile.read(int(self.headers["content-length"])).decode(), self.server
         how = 1.0 if hears.calm else hears.luck.random()
         if how < 0.1 or len(body.encode()) < int(self.headers["content-length"]):  # not heard at all, or not to its end

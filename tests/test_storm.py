@@ -149,33 +149,27 @@ class Storm:
             self.bank.happen(lambda: self.street.go_on([name for name in ACCOUNTS if "gone" not in name]))
 
     def operate(self, luck: Random) -> None:
-        """An operator's day: another catalogue, accounts that are frozen or go, figures, endpoints that are switched."""
-        call, frozen = self.operator.call, ""
-        for chance in self.every(0.5, luck):
-            with suppress(RefusedError, psycopg.OperationalError):
-                if frozen:
-                    call("unfreeze_account", account_id=frozen)
-                    frozen = ""
-                if chance < 0.2:
-                    self.change_catalog(luck)
-                elif chance < 0.4:
-                    frozen = luck.choice(ACCOUNTS)
-                    call("freeze_account", account_id=frozen, reason="storm")
-                elif chance < 0.5:
-                    url = self.receiver.url
-                    call("set_notification_endpoint", name="all", url=url, enabled=luck.random() < 0.5)
-                elif chance < 0.6:
-                    call("set_member", account_id="team_1", member_id="ann", monthly_limit=luck.randint(300, 500))
-                elif chance < 0.7:
-                    verbs = ["refresh_totals", "run_audit", "health", "metrics", "repeat_erasures", "get_catalog_sync"]
-                    call(luck.choice(verbs))
-                elif chance < 0.73:
-                    call("erase_account", account_id=luck.choice(["gone_1", "gone_2"]), release_holds=True)
-                elif chance < 0.76:
-                    call("set_time_zone", account_id="team_2", time_zone=luck.choice(["Europe/Berlin", "UTC"]))
-        for account in ACCOUNTS:
-            with suppress(RefusedError):
-                call("unfreeze_account", account_id=account)
+        """An operator's day: other prices, accounts that are frozen or go, figures, an endpoint switched off and on."""
+        call, url = self.operator.call, self.receiver.url
+        figures = ["refresh_totals", "run_audit", "health", "metrics", "repeat_erasures", "get_catalog_sync"]
+        things: dict[Callable[[], Any], int] = {
+            lambda: self.change_catalog(luck): 4,
+            lambda: call("freeze_account", account_id=luck.choice(ACCOUNTS), reason="storm"): 4,
+            lambda: call("set_notification_endpoint", name="all", url=url, enabled=luck.random() < 0.5): 2,
+            lambda: call("set_member", account_id="team_1", member_id="ann", monthly_limit=luck.randint(300, 500)): 2,
+            lambda: call(luck.choice(figures)): 3,
+            lambda: call("erase_account", account_id=luck.choice(["gone_1", "gone_2"]), release_holds=True): 1,
+            lambda: call("set_time_zone", account_id="team_2", time_zone=luck.choice(["Europe/Berlin", "UTC"])): 1,
+        }
+        for _ in self.every(0.5, luck):
+            for thing in (self.unfreeze, *luck.choices([*things], [*things.values()])):
+                with suppress(RefusedError, psycopg.OperationalError):
+                    thing()
+
+    def unfreeze(self) -> None:
+        """Nobody is frozen any more."""
+        for row in self.server.query("select account_id from credits.accounts where status = 'frozen'"):
+            self.operator.call("unfreeze_account", account_id=row.account_id)
 
     def change_catalog(self, luck: Random) -> None:
         """Other prices: what was quoted, ordered and pinned before stays as it was."""
@@ -197,9 +191,7 @@ class Storm:
         for _ in self.every(SECONDS / 4, luck):
             try:
                 self.deploying = luck.random() < 0.8
-                began = time.monotonic()
                 self.server.deploy()
-                log.warning("deploy took %.1f", time.monotonic() - began)
                 self.deploys["done"] += 1
             except (DeployError, psycopg.Error) as error:
                 self.deploys["broken off"] += 1
@@ -225,6 +217,7 @@ class Storm:
         log.warning("calm: %s to post", self.waiting()[:1])
         self.clock.slow_down()
         self.server.set_on(0)
+        self.unfreeze()
         self.operator.call("set_notification_endpoint", name="all", url=self.receiver.url)
         self.bank.happen(self.street.settle_down)
         until(self.at_rest, 100, self.waiting)
@@ -237,18 +230,24 @@ class Storm:
 
     def all_told(self) -> bool:
         """Whether no notification waits. What would be sent again later is sent now."""
-        self.server.query("update credits.notification_deliveries set next_attempt_at = credits.now() where state = 'pending'")
+        self.server.query(
+            "update credits.notification_deliveries set next_attempt_at = credits.now() where state = 'pending'"
+        )
         self.server.query("select credits.retry_notifications('all')")
         return not self.server.query("select from credits.notification_deliveries where state <> 'delivered'")
 
     def waiting(self) -> list[Any]:
         """Requests and events that are not done."""
         posted = [(left, self.post.answers)] if (left := self.post.left()) else []
-        return posted + self.bank.odd + self.server.query(
-            "select r.request_id::text as id, r.purpose as what, r.state, r.error_type as error"
-            "  from credits.stripe_requests r where r.state not in ('done', 'failed', 'declined') union all "
-            "select e.event_id, e.type, e.status, e.error"
-            "  from credits.stripe_events e where e.status not in ('applied', 'ignored')"
+        return (
+            posted
+            + self.bank.odd
+            + self.server.query(
+                "select r.request_id::text as id, r.purpose as what, r.state, r.error_type as error"
+                "  from credits.stripe_requests r where r.state not in ('done', 'failed', 'declined') union all "
+                "select e.event_id, e.type, e.status, e.error"
+                "  from credits.stripe_events e where e.status not in ('applied', 'ignored')"
+            )
         )
 
     def at_rest(self) -> bool:
@@ -288,45 +287,46 @@ class Storm:
 
     def used(self) -> Iterator[Any]:
         """Uses that cost something else than the rate says that they began with, and members beyond their limit."""
-        prices = {row.rate_id: row.price for row in self.server.query("select rate_id, price from credits.rates")}
-        pinned: dict[str, Any] = {}
-        answers = [answer for customer in self.customers for answer in customer.answers if "usage" in answer.verb]
-        for answer in answers:
+        query = self.server.query
+        lines = {row.rate_id: row.price["lines"][0] for row in query("select rate_id, price from credits.rates")}
+        pinned: dict[str, int] = {}
+        for answer in (answer for customer in self.customers for answer in customer.answers if "usage" in answer.verb):
             for row in answer.rows:
-                (line,) = prices[row["rate_id"]]["lines"]
+                line = lines[row["rate_id"]]
                 cost = -(-answer.arguments["units"] // line["block"]) * line["credits"]
-                kind = "amount" if answer.verb == "authorize_usage" else "actual"
-                if row["rate_id"] != pinned.setdefault(row["usage_id"], row["rate_id"]) or cost != row[kind] and (
-                    kind == "amount" or row[kind] < cost
-                ):
+                told = row["amount"] if answer.verb == "authorize_usage" else row["actual"]
+                odd = told < cost or (told > cost and answer.verb == "authorize_usage")  # more may have been captured
+                if odd or pinned.setdefault(row["usage_id"], row["rate_id"]) != row["rate_id"]:
                     yield answer
-        yield from self.server.query(
+        yield from query(
             "select account_id, member_id, month_used from credits.members where month_used > monthly_limit"
         )
 
     def subscriptions(self) -> Iterator[Any]:
         """Subscriptions that are not what they are at Stripe."""
-        facts, found = self.street.facts, {
-            row.subscription_id: row for row in self.server.query(
-                "select subscription_id, status, price_id, cancel_at_period_end, period_end, pending_plan, plan"
-                "  from credits.subscriptions where source = 'stripe'"
+        found = {
+            row.subscription_id: row
+            for row in self.server.query(
+                "select s.subscription_id, s.status, s.price_id, s.cancel_at_period_end as ends,"
+                " extract(epoch from s.period_end)::bigint as until, 'price_' || s.pending_plan as pending"
+                " from credits.subscriptions s where s.source = 'stripe'"
             )
-        }  # fmt: skip
+        }
         for name in self.street.named("subscription"):
-            fact, row = facts[name], found.pop(name, None)
-            schedule = facts.get(fact["schedule"] or "", {})
-            pending = schedule["phases"][1:] and schedule["phases"][1]["items"][0]["price"] if schedule else None
-            if row is None or (fact["status"], fact["items"][0]["price"], fact["cancel_at_period_end"], fact["end"]) != (
-                row.status, row.price_id, row.cancel_at_period_end, int(row.period_end.timestamp())
-            ) or (fact["status"] != "canceled"
-                  and (pending or None) not in (row.pending_plan and f"price_{row.pending_plan}", fact["items"][0]["price"])):
+            fact, row = self.street.facts[name], found.pop(name, None)
+            price, schedule = fact["items"][0]["price"], self.street.facts.get(fact["schedule"] or "", {"phases": []})
+            following = [phase["items"][0]["price"] for phase in schedule["phases"][1:]]
+            at_stripe = (fact["status"], price, fact["cancel_at_period_end"], fact["end"])
+            if row is None or at_stripe != (row.status, row.price_id, row.ends, row.until):
+                yield fact, row
+            elif fact["status"] != "canceled" and (row.pending or price) not in (following or [price]):
                 yield fact, schedule, row
         yield from found.values()
 
     def notifications(self) -> Iterator[Any]:
         """Notifications that were not heard, or were another one when they were sent again."""
-        told = self.server.query("select credits._message_id(n.notification_id) as id, n.* from credits.notifications n")
-        yield from (one for one in told if one.id not in self.receiver.heard)
+        told = self.server.query("select 'ntf_' || n.notification_id as message_id, n.* from credits.notifications n")
+        yield from (one for one in told if one.message_id not in self.receiver.heard)
         yield from ((name, bodies) for name, bodies in self.receiver.heard.items() if len(bodies) > 1)
 
     def figures(self) -> Iterator[Any]:
@@ -368,7 +368,8 @@ class Storm:
             found, (refunded, lost) = lots.pop(paid, []), self.street.given_back(paid)
             share = min(Decimal(1), Decimal(refunded + lost) / charge["amount"])
             if about["object"] == "invoice":
-                if (not found and about["billing_reason"] != "subscription_update") or any((lot.target or 0) != round(lot.amount * share, 6) for lot in found):
+                odd = any((lot.target or 0) != round(lot.amount * share, 6) for lot in found)
+                if odd or not (found or about["billing_reason"] == "subscription_update"):
                     yield about, found
                 continue
             account, quantity = about["metadata"]["account_id"], int(about["metadata"].get("quantity", 1))
@@ -389,8 +390,9 @@ class Storm:
         entries = {(row.account_id, row.entry_seq): row for row in self.server.query("select * from credits.entries")}
         answered: Counter[tuple[str, int]] = Counter()
         for answer in (answer for customer in self.customers for answer in customer.answers):
-            erased = "gone" in answer.arguments.get("account_id", "")  # whose keys are known, but not what they stood for
-            if answer.error == "invalid_request" or "conflict" in answer.error and not erased:
+            # Keys of an erased account are known, but not what they stood for.
+            erased = "gone" in answer.arguments.get("account_id", "")
+            if answer.error == "invalid_request" or ("conflict" in answer.error and not erased):
                 yield answer
             for account, seq, amount in booked(answer.verb, answer.arguments, answer.rows):
                 answered[account, seq] += 1
