@@ -93,7 +93,7 @@ class Server:
 
     def query(self, text: str, *parameters: Any) -> list[Any]:
         """Rows of a query that the superuser makes."""
-        with psycopg.connect(self._admin_dsn, autocommit=True, row_factory=namedtuple_row, connect_timeout=5) as conn:
+        with psycopg.connect(self._admin_dsn, autocommit=True, row_factory=namedtuple_row, connect_timeout=30) as conn:
             cursor = conn.execute(text.encode(), parameters or None)
             return cursor.fetchall() if cursor.description else []
 

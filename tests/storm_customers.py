@@ -257,7 +257,8 @@ class Customer:
         """Credits that start now or soon, and end soon or never."""
 
         def soon(least: int, most: int) -> str:
-            return datetime.fromtimestamp(self.clock.now() + self.luck.randint(least, most), UTC).isoformat()
+            span = self.luck.randint(least, most) * max(1, self.clock.speed / 60)
+            return datetime.fromtimestamp(self.clock.now() + span, UTC).isoformat()
 
         times = self.luck.choice([{}, {"effective_at": soon(20, 600)}, {"expires_at": soon(700, 1500)}])
         for row in self.do("grant_credits", account_id=self.account, amount=self.luck.randint(1, 100),
