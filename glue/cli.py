@@ -301,7 +301,7 @@ def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
         listener = _listener(settings)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # the rest says the address once more
-        remedy = "PGCREDITS_PORT to another port" if error.errno == errno.EADDRINUSE else "PGCREDITS_HOST and PGCREDITS_PORT"
+        remedy = "PGCREDITS_PORT to another port" if error.errno == errno.EADDRINUSE else "PGCREDITS_HOST"
         raise SettingsError(f"cannot listen on {settings.door(settings.port)} ({reason}); set {remedy}") from error
     server = uvicorn.Server(
         uvicorn.Config(
