@@ -144,6 +144,8 @@ class _Usage(Generic[Source]):
         if not isinstance(conn, self._kinds):
             names = " or ".join(kind.__name__ for kind in self._kinds)
             raise TypeError(f"conn must be a {names} of psycopg, not {type(conn).__name__}")
+        if not isinstance(account_id, str):  # PostgreSQL would miss a function
+            raise TypeError(f"account_id must be a str, not {type(account_id).__name__}")
         self.account_id, self.usage_id = account_id, usage_id or uuid4().hex
         self.authorized: Authorized
         self.settled: Settled | None = None

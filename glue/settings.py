@@ -62,7 +62,7 @@ class Settings:
             role=environment.get("PGCREDITS_ROLE", cls.role),
             pool_size=_number(environment, "PGCREDITS_POOL_SIZE", cls.pool_size, 1, 1000),
             pool_timeout=_number(environment, "PGCREDITS_POOL_TIMEOUT", cls.pool_timeout, 1, 60),
-            host=environment.get("PGCREDITS_HOST") or cls.host,
+            host=environment.get("PGCREDITS_HOST", "").strip("[]") or cls.host,
             port=_number(environment, "PGCREDITS_PORT", cls.port, 0, 65535),
             max_body=_number(environment, "PGCREDITS_MAX_BODY", cls.max_body, 1, 2**30),
             body_timeout=_number(environment, "PGCREDITS_BODY_TIMEOUT", int(cls.body_timeout), 1, 600),

@@ -480,6 +480,8 @@ def test_what_is_no_connection_is_refused(plain: Connection[Any], shop: Ledger) 
         pgcredits.usage("postgresql://", "alpha", "chapter")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="AsyncConnection or AsyncConnectionPool of psycopg, not Connection"):
         pgcredits.usage_async(plain, "alpha", "chapter")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="account_id must be a str, not int"):
+        pgcredits.usage(plain, 42, "chapter")  # type: ignore[arg-type]
 
 
 def test_other_errors_of_the_database_pass(plain: Connection[Any], shop: Ledger) -> None:

@@ -150,7 +150,7 @@ def test_up_on_a_port_that_is_taken() -> None:
 
 
 def test_an_address_of_ipv6_is_served() -> None:
-    settings = Settings(host="::1", port=0)
+    settings = Settings.from_environment({"PGCREDITS_HOST": "[::1]", "PGCREDITS_PORT": "0"})
     assert (settings.door(80), Settings().door(80)) == ("http://[::1]:80", "http://127.0.0.1:80")
     if not Path("/proc/net/if_inet6").exists() or "lo" not in Path("/proc/net/if_inet6").read_text():
         pytest.skip("no IPv6 on this machine")
