@@ -76,6 +76,10 @@ begin
   on conflict on constraint notification_endpoints_pkey do update
     set url = excluded.url, kinds = excluded.kinds, enabled = excluded.enabled, account_id = excluded.account_id,
         updated_at = excluded.updated_at;
+  delete from credits.notification_deliveries d
+   using credits.notification_endpoints e, credits.notifications n
+   where d.channel = 'webhook' and d.target = set_notification_endpoint.name and d.state = 'pending' and e.name = d.target
+     and n.notification_id = d.notification_id and not credits._hears(e, n);
   update credits.notification_deliveries d
      set next_attempt_at = credits._send_at(d.channel, d.target, credits.now())
    where d.channel = 'webhook' and d.target = set_notification_endpoint.name and d.state = 'pending'

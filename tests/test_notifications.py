@@ -104,9 +104,9 @@ def test_an_endpoint_gets_what_it_wants_when_it_is_sent(ledger: Ledger) -> None:
     ours, theirs = notify(ledger, "refund", "1", "alpha"), notify(ledger, "refund", "2", "beta")
     of_all, other = notify(ledger, "refund", "3", None), notify(ledger, "dispute")
     narrow(account_id="alpha", kinds=["refund"])
+    assert ledger.list_notification_endpoints()[0].pending == 1  # what it does not want waits no longer
     (sent,) = ledger.claim_notifications()
     assert sent.message_id == f"ntf_{ours}"
-    assert ledger.list_notification_endpoints()[0].pending == 1  # what it does not want waits no longer
     assert [ledger.replay_notification(number) for number in (theirs, of_all, other)] == [[]] * 3
     narrow(account_id="beta")
     assert ledger.replay_notification(ours) == []
