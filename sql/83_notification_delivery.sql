@@ -78,8 +78,9 @@ end $$;
 comment on function credits.replay_notification(bigint, text) is
 'Sends a notification again, whatever became of it, to all who are to hear of it now.
 
-Those are the endpoints as they are now, and by e-mail also who was to hear of it before. target limits it to one endpoint, or to customer or operator, who get e-mails. What is on its way already stays so. The
-message id is that of the first time, so a receiver that remembers ids sees that it is the same.
+Those are the endpoints as they are now, and by e-mail also who was to hear of it before. target limits it to one endpoint,
+or to customer or operator, who get e-mails. What is on its way already stays so. The message id is that of the first time, so
+a receiver that remembers ids sees that it is the same.
 Errors: 404 notification_not_found.';
 
 create or replace function credits.retry_notifications(
