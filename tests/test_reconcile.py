@@ -231,6 +231,21 @@ def test_what_was_seen_in_shadow_is_left_to_a_replay(ledger: Ledger) -> None:
     assert ledger.replay_stripe_event(event.event_id).outcome == "applied"
     assert ledger.available("alpha") == 2000
     assert (bought, "purchase_missing", "arrived") in gaps(ledger)
+    ledger.change("update credits.stripe_events set payload = null, archived_at = received_at")  # as time goes by
+    assert (run(ledger, world, repair=True).repaired, ledger.available("beta")) == (0, 0)
+
+
+def test_what_was_not_paid_yet_in_shadow_is_repaired(ledger: Ledger) -> None:
+    """Nobody else has granted it: its payment came after the switch, and its event was lost."""
+    world = World(chatty=True)
+    ledger.set_stripe_endpoint("default", mode="shadow")
+    invoice = world.facts[world.subscribe("beta", "basic", paid=False)]["latest_invoice"]
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    assert ledger.table("stripe_events", "object_id = %s and reason = 'shadow'", invoice)
+    ledger.set_stripe_endpoint("default", mode="live")
+    world.pay(invoice)
+    assert (run(ledger, world, repair=True).repaired, ledger.available("beta")) == (1, 1000)
 
 
 def test_one_run_at_a_time_and_the_window_is_a_setting(ledger: Ledger) -> None:
