@@ -113,6 +113,37 @@ def test_what_is_not_paid_is_no_gap(ledger: Ledger) -> None:
     assert (row.checked, row.found) == (1, 0)
 
 
+def test_a_purchase_that_came_to_nothing_waits_for_a_day(ledger: Ledger) -> None:
+    """What Stripe lists as paid does not tell of it, so Stripe is asked what became of each that waits."""
+    world = World()
+    failed, waits = world.buy("alpha", paid=False), world.buy("alpha", paid=False)
+    ledger.now = world.moment
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    ledger.create_checkout("beta", package="starter", success_url="http://localhost:3000", key="c")
+    (asked,) = ledger.table("stripe_requests")
+    left = session("cs_9", status="open", payment_status="unpaid", payment_intent=None, livemode=False,
+                   metadata=asked.params["metadata"])  # fmt: skip
+    ledger.complete_stripe_request(asked.request_id, 200, json.dumps(left))
+    world.fail_late(failed)
+    world.put("checkout.session", "cs_9", **left)
+    world.wait(hours=24)
+    world.put("checkout.session", "cs_9", status="expired")
+    ledger.now = world.moment
+    assert ledger.run_job("refresh_stale_purchases").rows_done == 0
+    ledger.now += HOUR
+    ledger.set_stripe_endpoint("default", mode="shadow")
+    assert ledger.run_job("refresh_stale_purchases").rows_done == 0
+    ledger.set_stripe_endpoint("default")
+    assert ledger.run_job("refresh_stale_purchases").rows_done == 3
+    assert [problem for row in ledger.table("stripe_requests") for problem in problems(row.method, row.path, row.params)] == []
+    settle(ledger, world)
+    found = {row.stripe_session_id: row.status for row in ledger.table("purchases")}
+    assert found == {failed: "failed", waits: "processing", "cs_9": "expired"}
+    assert [row.type for row in ledger.table("notifications", "type like 'payment%%'")] == ["payment_failed"]
+    assert_sound(ledger)
+
+
 def test_a_gap_that_the_event_closes_has_arrived(ledger: Ledger) -> None:
     world = World()
     bought = world.buy("alpha")
