@@ -145,7 +145,8 @@ begin
   return v_result;
 end $$;
 
--- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt.
+-- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt. What came for an account
+-- that is closed is left to a person at once: no account opens again.
 create or replace function credits._close_event(
   event   credits.stripe_events,
   verdict credits.event_verdict,
@@ -158,7 +159,8 @@ declare
   v_result   credits.event_verdict := _close_event.verdict;
   v_attempts integer := (_close_event.event).attempts + case when v_result.busy then 0 else _close_event.counts end;
   v_open     boolean := v_result.status in ('parked', 'failed');
-  v_dead     boolean := v_open and v_attempts >= (credits._setting('stripe_event_max_attempts'))::integer;
+  v_dead     boolean := v_open and (v_attempts >= (credits._setting('stripe_event_max_attempts'))::integer
+                                    or coalesce(v_result.error = 'PT423 account_closed', false));
   v_wait     interval := least(interval '1 minute' * 2 ^ least(greatest(v_attempts - 1, 0), 16),
                                (credits._setting('stripe_event_max_wait') #>> '{}')::interval);
 begin

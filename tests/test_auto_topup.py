@@ -921,7 +921,12 @@ def test_a_dispute_of_an_invoice_ends_it_in_any_order(ledger: Ledger, order: tup
 
 @pytest.mark.parametrize(
     ("first", "other", "linked"),
-    [(True, "session", "invoice"), (True, "payment", "event"), (False, "session", "event"), (False, "payment", "invoice")],
+    [
+        (True, "session", "invoice"),
+        (True, "payment", "event"),
+        (False, "session", "event"),
+        (False, "payment", "invoice"),
+    ],
 )
 def test_a_payment_of_an_invoice_buys_nothing_else(ledger: Ledger, first: bool, other: str, linked: str) -> None:
     """By the invoice itself, as in older versions, or by an event of its own."""
@@ -967,7 +972,9 @@ def test_a_closed_account_buys_nothing_and_what_it_paid_is_kept_to_be_seen(ledge
     with refused(423, "account_closed"):
         rule(ledger)
     assert ledger.tell(SUCCEEDED, intent(ledger), "evt_late") == "failed"
-    assert "account_closed" in ledger.event("evt_late").error
+    late = ledger.event("evt_late")
+    assert (late.error, late.next_attempt_at) == ("PT423 account_closed", None)  # no account opens again
+    assert [row.key for row in ledger.table("notifications", "type = 'stripe_event_given_up'")] == ["evt_late"]
     assert how(ledger)[2] == "queued"
 
 

@@ -199,7 +199,10 @@ def test_what_waits_is_taken_by_whoever_is_meant_for_it_now(ledger: Ledger) -> N
     ledger.set_stripe_endpoint("look", mode="shadow", stripe_account=SHOP)
     assert ledger.replay_stripe_event("evt_1").outcome == "parked"  # its livemode is not known: any will do
     ledger.set_stripe_endpoint("live", livemode=True, stripe_account=OTHER)
-    assert (ledger.replay_stripe_event("evt_1").outcome, ledger.event("evt_1").reason) == ("ignored", "account_mismatch")
+    assert (ledger.replay_stripe_event("evt_1").outcome, ledger.event("evt_1").reason) == (
+        "ignored",
+        "account_mismatch",
+    )
     ledger.set_stripe_endpoint("second", stripe_account=SHOP)
     assert ledger.replay_stripe_event("evt_1").outcome == "parked"
     ledger.set_stripe_endpoint("second", stripe_account=OTHER)

@@ -136,7 +136,9 @@ def test_a_purchase_that_came_to_nothing_waits_for_a_day(ledger: Ledger) -> None
     assert ledger.run_job("refresh_stale_purchases").rows_done == 0
     ledger.set_stripe_endpoint("default")
     assert ledger.run_job("refresh_stale_purchases").rows_done == 3
-    assert [problem for row in ledger.table("stripe_requests") for problem in problems(row.method, row.path, row.params)] == []
+    assert [
+        problem for row in ledger.table("stripe_requests") for problem in problems(row.method, row.path, row.params)
+    ] == []
     settle(ledger, world)
     found = {row.stripe_session_id: row.status for row in ledger.table("purchases")}
     assert found == {failed: "failed", waits: "processing", "cs_9": "expired"}
