@@ -34,11 +34,12 @@ returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_notice  credits.stripe_notice := _on_invoice_payment.notice;
-  v_payment credits.charge_shape := credits._shape_invoice_payment(v_notice.object);
-  v_current boolean := credits._mirror(v_notice, v_payment.invoice_id);
-  v_account text;
-  v_linked  boolean;
+  v_notice     credits.stripe_notice := _on_invoice_payment.notice;
+  v_payment    credits.charge_shape := credits._shape_invoice_payment(v_notice.object);
+  v_payment_id text := coalesce(v_payment.payment_intent_id, v_payment.charge_id);
+  v_current    boolean := credits._mirror(v_notice, v_payment.invoice_id);
+  v_account    text;
+  v_linked     boolean;
 begin
   if v_payment.invoice_id is null then
     return credits._ignored('no_invoice');
@@ -50,11 +51,13 @@ begin
   if v_account is null or v_payment.captured is null then
     return credits._mirrored(v_current);
   end if;
-  v_linked := credits._link_payment(coalesce(v_payment.payment_intent_id, v_payment.charge_id), 'invoice',
-                                    v_payment.invoice_id, v_account, v_payment.captured, v_payment.currency);
-  perform credits._check_bought(coalesce(v_payment.payment_intent_id, v_payment.charge_id), 'invoice', v_payment.invoice_id)
+  perform credits._touch_payment(v_payment_id)
+    where v_payment_id is not null;
+  perform credits._lock_account(v_account);  -- what has fallen due is booked before what is known of the payment counts here
+  v_linked := credits._link_payment(v_payment_id, 'invoice', v_payment.invoice_id, v_account, v_payment.captured,
+                                    v_payment.currency);
+  perform credits._check_bought(v_payment_id, 'invoice', v_payment.invoice_id)
     where not v_linked;
-  perform credits._lock_account(v_account);
   perform credits._pause_if_disputed(v_payment.invoice_id, v_account) where v_linked;
   return credits._applied(credits._settle_source('invoice', v_payment.invoice_id, v_account));
 end $$;
