@@ -62,7 +62,7 @@ returns credits.stripe_notice
 language sql
 immutable
 as $$
-  select credits._shape_part(_shape_declined.answer, 'payment_intent', 
+  select credits._shape_part(_shape_declined.answer, 'payment_intent',
                              credits._declined_payment((_shape_declined.answer).object))
 $$;
 
