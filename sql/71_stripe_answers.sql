@@ -50,8 +50,8 @@ begin
     perform credits._request_missing(v_verdict.waits_for);
   elsif v_outcome = 'declined' and v_request.purpose <> 'retrieve'
         and not exists (select from credits.stripe_handlers h where h.event_type = 'failed.' || v_request.purpose)
-        and jsonb_typeof(v_answer #> '{error,payment_intent}') = 'object' then
-    perform credits._apply_answer(v_request, v_answer #> '{error,payment_intent}');
+        and credits._declined_payment(v_answer) is not null then
+    perform credits._apply_answer(v_request, credits._declined_payment(v_answer));
   end if;
   return credits._request_result(credits._close_request(v_request, v_outcome, v_answer, complete_stripe_request.headers));
 end $$;
