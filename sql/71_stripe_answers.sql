@@ -172,9 +172,9 @@ begin
   perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
   perform credits._look_at_named(v_request) where v_state = 'failed';
   -- What was asked for again while it was on its way may be newer than this answer. The next page of a list is asked for anyway.
-  perform credits._request(v_request.purpose, v_request.ref, 'get', v_request.path, run_at => v_request.run_at,
-                           stripe_account => v_request.stripe_account)
-    where v_state = 'done' and v_request.purpose = 'retrieve' and v_request.params = '{}'
+  perform credits._request(v_request.purpose, v_request.ref, 'get', v_request.path, v_request.params,
+                           run_at => v_request.run_at, stripe_account => v_request.stripe_account)
+    where v_state = 'done' and v_request.purpose = 'retrieve' and not v_request.params ? 'limit'
       and v_request.run_at > v_request.last_sent_at;
   return v_request;
 end $$;
