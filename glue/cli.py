@@ -1,6 +1,7 @@
 """The command line: the door, deploys, a look at how things are, and what an operator does."""
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -195,7 +196,7 @@ def demo_(
     """Take the tour on a running instance. Needs its database, and its signing secret in the environment."""
     settings = Settings.from_environment()
     with database(dsn, settings) as target:
-        _tour(target, url or f"http://{settings.host}:{settings.port}", settings)
+        _tour(target, url or settings.door(settings.port), settings)
 
 
 @cli.command("status")
@@ -284,18 +285,24 @@ def _tour(dsn: str, url: str, settings: Settings) -> None:
     demo.run(console, dsn, url, configured[0] if configured else _development_secret(settings.data))
 
 
+def _listener(settings: Settings) -> socket.socket:
+    if ":" not in settings.host:
+        return socket.create_server((settings.host, settings.port))
+    both = socket.has_dualstack_ipv6()  # then :: is every address of this machine
+    return socket.create_server((settings.host, settings.port), family=socket.AF_INET6, dualstack_ipv6=both)
+
+
 def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
     import uvicorn
 
     from pgcredits.app import create_app
 
     try:
-        listener = socket.create_server((settings.host, settings.port), reuse_port=False)
+        listener = _listener(settings)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # the rest says the address once more
-        raise SettingsError(
-            f"cannot listen on {settings.host}:{settings.port} ({reason}); set PGCREDITS_PORT to another port"
-        ) from error
+        remedy = "PGCREDITS_PORT to another port" if error.errno == errno.EADDRINUSE else "PGCREDITS_HOST"
+        raise SettingsError(f"cannot listen on {settings.door(settings.port)} ({reason}); set {remedy}") from error
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings),
@@ -313,7 +320,7 @@ def _serve(settings: Settings, when_ready: Callable[[str], None]) -> None:
                 return
             time.sleep(0.02)
         try:
-            when_ready(f"http://{settings.host}:{listener.getsockname()[1]}")
+            when_ready(settings.door(listener.getsockname()[1]))
         except (demo.DemoError, SettingsError, psycopg.Error) as error:
             _complain(error)
 

@@ -30,6 +30,7 @@ Units = Number | Mapping[str, Number]
 Overage = Literal["cap", "overflow", "reject"]
 
 CONNECT_WAIT = 5  # seconds for a connection beside the given one
+SETTLE_WAIT = 5  # seconds that a settle goes on after its task is cancelled: the work is done, and is to be charged
 LOCK_WAIT = "3s"  # there, for the account: the body's own open transaction may hold it, and waits for us
 
 _SET_LOCK_WAIT = "select set_config('lock_timeout', %s, true)"
@@ -143,6 +144,8 @@ class _Usage(Generic[Source]):
         if not isinstance(conn, self._kinds):
             names = " or ".join(kind.__name__ for kind in self._kinds)
             raise TypeError(f"conn must be a {names} of psycopg, not {type(conn).__name__}")
+        if not isinstance(account_id, str):  # PostgreSQL would miss a function
+            raise TypeError(f"account_id must be a str, not {type(account_id).__name__}")
         self.account_id, self.usage_id = account_id, usage_id or uuid4().hex
         self.authorized: Authorized
         self.settled: Settled | None = None
@@ -374,20 +377,25 @@ class AsyncUsage(_Usage[AsyncConnection[Any] | AsyncConnectionPool[Any]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         cancelled = await _to_its_end(self._leave(error))
-        if cancelled and not isinstance(error, asyncio.CancelledError):
-            raise cancelled
         if error is None and self._open:
             await self.settle()
+        if cancelled and not isinstance(error, asyncio.CancelledError):
+            raise cancelled
 
     async def settle(
         self, units: Units | None = None, *, on_overage: Overage = "cap", metadata: Mapping[str, Any] | None = None
     ) -> Settled:
-        """Charge what was really used, as Usage.settle does."""
+        """Charge what was really used, as Usage.settle does, also if the task is cancelled meanwhile."""
         arguments = self._settlement(units, on_overage, metadata)
+        if cancelled := await _to_its_end(self._settle(arguments), SETTLE_WAIT):
+            raise cancelled
+        assert self.settled  # noqa: S101 - what _settle has just kept
+        return self.settled
+
+    async def _settle(self, arguments: dict[str, Any]) -> None:
         async with self._given() as conn:
             with self._settling(conn):
                 self.settled = _result(Settled, await _call_async(conn, "settle_usage", arguments))
-        return self.settled
 
     async def release(self, reason: str | None = None) -> Released:
         """Charge nothing and return the hold, as Usage.release does."""
@@ -454,13 +462,18 @@ class AsyncUsage(_Usage[AsyncConnection[Any] | AsyncConnectionPool[Any]]):
 usage, usage_async = Usage, AsyncUsage  # in a `with`, a verb reads better
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> asyncio.CancelledError | None:
-    """Wait until work has ended, however often the waiting task is cancelled; the last cancellation, if any."""
+async def _to_its_end(work: Coroutine[Any, Any, None], patience: float | None = None) -> asyncio.CancelledError | None:
+    """Wait until work has ended, however often the waiting task is cancelled; the last cancellation, if any.
+
+    With patience, work that has not ended so many seconds after the first cancellation is cancelled as well.
+    """
     task, cancelled = asyncio.create_task(work), None
     while not task.done():
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError as error:
+            if patience is not None and not cancelled:
+                asyncio.get_running_loop().call_later(patience, task.cancel)
             cancelled = error
     task.result()
     return cancelled

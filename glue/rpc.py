@@ -191,7 +191,7 @@ class Forwarder:
         caller, schema = await self.verifier.caller(request), profile(request)
         posted = request.method == "POST"
         asked = reading(request, self.settings.max_rows, arguments=not posted)
-        body = await arguments(request, self.settings.max_body) if posted else json.dumps(asked.arguments)
+        body = await arguments(request, self.settings) if posted else json.dumps(asked.arguments)
         names = keys(body)
         async with translated():
             function = await self.catalog.find(schema, request.path_params["function"], set(names))
@@ -300,14 +300,14 @@ def profile(request: Request) -> str:
     return named
 
 
-async def arguments(request: Request, limit: int) -> str:
+async def arguments(request: Request, settings: Settings) -> str:
     """The body as text. Raises Refused."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind != "application/json":
         hint = "The body is JSON: send Content-Type: application/json."
         raise Refused(400, f"Content-Type not acceptable: {kind[:100]}", hint, code="PGRST102")
     try:
-        return (await read(request, limit)).decode() or "{}"
+        return (await read(request, settings)).decode() or "{}"
     except UnicodeDecodeError as error:
         raise Refused(400, "Empty or invalid json", "The body must be UTF-8.", code="PGRST102") from error
 

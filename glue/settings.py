@@ -33,6 +33,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     max_body: int = 1024 * 1024
+    body_timeout: float = 10
     data: Path = Path(".pgcredits")
     embedded_port: int = 0
     webhook_secrets: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
@@ -61,9 +62,10 @@ class Settings:
             role=environment.get("PGCREDITS_ROLE", cls.role),
             pool_size=_number(environment, "PGCREDITS_POOL_SIZE", cls.pool_size, 1, 1000),
             pool_timeout=_number(environment, "PGCREDITS_POOL_TIMEOUT", cls.pool_timeout, 1, 60),
-            host=environment.get("PGCREDITS_HOST") or cls.host,
+            host=environment.get("PGCREDITS_HOST", "").strip("[]") or cls.host,
             port=_number(environment, "PGCREDITS_PORT", cls.port, 0, 65535),
             max_body=_number(environment, "PGCREDITS_MAX_BODY", cls.max_body, 1, 2**30),
+            body_timeout=_number(environment, "PGCREDITS_BODY_TIMEOUT", int(cls.body_timeout), 1, 600),
             data=Path(environment.get("PGCREDITS_DATA") or cls.data),
             embedded_port=_number(environment, "PGCREDITS_EMBEDDED_PORT", cls.embedded_port, 0, 65535),
             webhook_secrets=_secrets(environment, "STRIPE_WEBHOOK_SECRET"),
@@ -84,6 +86,10 @@ class Settings:
             statement_timeout=_number(environment, "PGCREDITS_STATEMENT_TIMEOUT", cls.statement_timeout, 1, 600),
             max_rows=_number(environment, "PGCREDITS_MAX_ROWS", cls.max_rows, 1, 100_000),
         )
+
+    def door(self, port: int) -> str:
+        """The address of a door that listens on a port."""
+        return f"http://[{self.host}]:{port}" if ":" in self.host else f"http://{self.host}:{port}"
 
     def secrets_of(self, endpoint: str) -> tuple[str, ...]:
         """Webhook secrets that may have signed for an endpoint: its own, or else the general ones."""

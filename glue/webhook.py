@@ -32,7 +32,7 @@ async def receive(request: Request) -> Response:
     if not secrets:
         log.error("endpoint %s has no secret: set STRIPE_WEBHOOK_SECRET; Stripe will try again", endpoint)
         raise not_now("webhook_secret_missing", "No signing secret is configured for this endpoint.")
-    body = await read(request, settings.max_body)
+    body = await read(request, settings)
     text = verified(body, request.headers.get("stripe-signature"), secrets)
     try:
         async with asyncio.timeout(PATIENCE):

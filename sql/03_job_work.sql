@@ -71,6 +71,20 @@ begin
   return v_asked;
 end $$;
 
+-- Purchases that nobody has heard the end of a day after they began, when an unpaid session has expired; once a day, as long as a
+-- payment may take.
+create or replace function credits._refresh_stale_purchases(max_rows integer)
+returns bigint
+language sql
+as $$
+  select count(credits._request_object('checkout.session', p.stripe_session_id))
+    from credits.purchases p
+   where p.status in ('pending', 'processing') and p.stripe_session_id is not null
+     and p.created_at between credits.now() - interval '90 days' and credits.now() - interval '25 hours'
+     and credits._turned_away(jsonb_build_object('object', 'checkout.session', 'id', p.stripe_session_id,
+                                                 'livemode', p.livemode)) is null
+$$;
+
 -- Each invariant that is violated is told once a day. Answers with how many findings there are.
 create or replace function credits._audit_all(max_rows integer)
 returns bigint

@@ -96,14 +96,16 @@ as $$
 $$;
 
 -- What no endpoint would apply, a repair does not apply either: another handler may be at work. What one saw in shadow mode
--- was another handler's, and is in the balances that were brought in; an operator may replay it.
+-- as it had to be applied was another handler's, and is in the balances that were brought in; an operator may replay it.
 create or replace function credits._turned_away(object jsonb)
 returns text
 language sql
 stable
 as $$
   select case when exists (select from credits.stripe_events v
-                            where v.object_id = _turned_away.object ->> 'id' and v.reason = 'shadow') then 'shadow'
+                            where v.object_id = _turned_away.object ->> 'id' and v.reason = 'shadow'
+                              and (v.payload is null or credits._gap_in(_turned_away.object ->> 'object',
+                                                                        (credits._shape_notice(v)).object) is not null)) then 'shadow'
               when count(*) = 0                                then null
               when count(*) filter (where e.mode = 'live') = 0 then 'shadow'
               when bool_and(coalesce(e.livemode <> credits._flag(_turned_away.object -> 'livemode'), false))

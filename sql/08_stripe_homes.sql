@@ -138,7 +138,8 @@ begin
   end if;
 end $$;
 
--- Kept also of an account of which nobody knows that it was gone: that may be told later, as having been before.
+-- Kept also of an account of which nobody knows that it was gone: that may be told later, as having been before. What its events
+-- lacked was not asked for meanwhile.
 create or replace function credits._reconnect(
   stripe_account text,
   at             timestamptz
@@ -149,7 +150,14 @@ as $$
   insert into credits.stripe_disconnections as d (stripe_account, resumed_at)
   values (_reconnect.stripe_account, _reconnect.at)
   on conflict on constraint stripe_disconnections_pkey do update set resumed_at = excluded.resumed_at
-    where coalesce(d.stopped_at <= excluded.resumed_at, true) and coalesce(d.resumed_at < excluded.resumed_at, true)
+    where coalesce(d.stopped_at <= excluded.resumed_at, true) and coalesce(d.resumed_at < excluded.resumed_at, true);
+  select credits._make_due(array(
+    select e.event_id
+      from credits.stripe_events e
+     where e.status = 'parked' and e.waits_for is not null and e.stripe_account = _reconnect.stripe_account
+       and coalesce(e.next_attempt_at > credits.now(), true)
+       for no key update skip locked))
+   where not credits._is_disconnected(_reconnect.stripe_account)
 $$;
 
 create or replace function credits._on_deauthorized(notice credits.stripe_notice)

@@ -120,7 +120,10 @@ as $$
        (select count(*) from credits.stripe_queue_stop)),
       ('pgcredits_stripe_accounts_disconnected', 'Connected accounts of our endpoints that took away our access.',
        (select count(distinct e.stripe_account) from credits.stripe_endpoints e
-         where credits._is_disconnected(e.stripe_account)))
+         where credits._is_disconnected(e.stripe_account))),
+      ('pgcredits_stripe_endpoints_of_any_livemode', 'Live endpoints of connected accounts that take test and live events alike.',
+       (select count(*) from credits.stripe_endpoints e
+         where e.mode = 'live' and e.livemode is null and e.stripe_account is not null))
     ) v (name, help, value)
 $$;
 comment on function credits._request_metrics(timestamptz) is

@@ -65,8 +65,8 @@ select (p.completed_at at time zone 'UTC')::date as day, p.package, p.currency, 
  where p.completed_at is not null
  group by 1, 2, 3, 4;
 comment on view credits.report_revenue is
-  'Every day: what packages brought, by day and package. net is what of amount did not go back and is not asked back by now, '
-  'without its share of the tax.';
+  'Every day: what packages brought, by day and package; what plans brought is not in it. net is what of amount did not go back '
+  'and is not asked back by now, without its share of the tax.';
 
 create or replace view credits.report_liability as
 select g.kind::text as kind, g.cost_currency as currency, count(*) as grants, trim_scale(sum(g.remaining + g.held)) as credits,

@@ -149,10 +149,11 @@ end $$;
 comment on function credits.refund_spend(text, text, numeric, text, text) is
 'Gives used credits back to the very grants that paid.
 
-spend_key is the key of a spend or a capture, or the reservation_id of a settle. amount defaults to all that is not yet
-refunded; several refunds of one charge never exceed it. What returns pays an open debt first; what belongs to a grant
-that has expired meanwhile expires at once. Credits that were charged into debt are not refunded by it. A charge of this
-month that is given back does not count towards the limit of its member. key is required.
+spend_key is the key of a spend or a capture, or the reservation_id of a settle; where it is several of them, the spend is
+meant, else the settle. amount defaults to all that is not yet refunded; several refunds of one charge never exceed it. What
+returns pays an open debt first; what belongs to a grant that has expired meanwhile expires at once. Credits that were
+charged into debt are not refunded by it. A charge of this month that is given back does not count towards the limit of its
+member. key is required.
 Errors: 400 invalid_request, 404 account_not_found, spend_not_found, 409 idempotency_conflict, 422 invalid_amount.';
 
 -- Helpers -------------------------------------------------------------------------------------------------------------

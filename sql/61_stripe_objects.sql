@@ -28,6 +28,15 @@ as $$
     from (select _shape_session.object) x (o)
 $$;
 
+-- Whether its payment came to nothing, where that was expanded: the session itself stays complete and unpaid.
+create or replace function credits._payment_failed(session jsonb)
+returns boolean
+language sql
+immutable
+as $$
+  select coalesce(_payment_failed.session #>> '{payment_intent,status}' in ('requires_payment_method', 'canceled'), false)
+$$;
+
 -- Ids of the coupons or promotion codes of a session: beside it, and where they were expanded, inside its totals.
 create or replace function credits._discounts_of(
   session jsonb,

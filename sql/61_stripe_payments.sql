@@ -49,12 +49,21 @@ as $$
 $$;
 
 -- The payment inside an answer that says that it was declined.
+create or replace function credits._declined_payment(answer jsonb)
+returns jsonb
+language sql
+immutable
+as $$
+  select case when jsonb_typeof(p) = 'object' then p end from (select _declined_payment.answer #> '{error,payment_intent}') x (p)
+$$;
+
 create or replace function credits._shape_declined(answer credits.stripe_notice)
 returns credits.stripe_notice
 language sql
 immutable
 as $$
-  select credits._shape_part(_shape_declined.answer, 'payment_intent', (_shape_declined.answer).object #> '{error,payment_intent}')
+  select credits._shape_part(_shape_declined.answer, 'payment_intent',
+                             credits._declined_payment((_shape_declined.answer).object))
 $$;
 
 create or replace function credits._default_card(customer jsonb)

@@ -26,7 +26,8 @@ begin
     return credits._applied();
   end if;
   return credits._applied(credits._purchase(v_session, v_account_id,
-                                            (_on_checkout_session.notice).type = 'checkout.session.async_payment_failed'));
+                                            (_on_checkout_session.notice).type = 'checkout.session.async_payment_failed'
+                                            or credits._payment_failed((_on_checkout_session.notice).object)));
 end $$;
 
 create or replace function credits._purchase(

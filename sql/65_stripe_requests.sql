@@ -264,6 +264,7 @@ as $$
                           case when p.list then '{"limit": 100}'
                                when _request_object.kind = 'invoice_payments' then jsonb_build_object('limit', 100, 'payment',
                                  jsonb_build_object('type', 'payment_intent', 'payment_intent', _request_object.object_id))
+                               when _request_object.kind = 'checkout.session' then '{"expand": ["payment_intent"]}'
                                else '{}' end::jsonb,
                           run_at => _request_object.run_at, stripe_account => h.stripe_account)
     from (values ('customer',         '/v1/customers/*',                    false),

@@ -34,11 +34,12 @@ returns credits.handler_result
 language plpgsql
 as $$
 declare
-  v_notice  credits.stripe_notice := _on_invoice_payment.notice;
-  v_payment credits.charge_shape := credits._shape_invoice_payment(v_notice.object);
-  v_current boolean := credits._mirror(v_notice, v_payment.invoice_id);
-  v_account text;
-  v_linked  boolean;
+  v_notice     credits.stripe_notice := _on_invoice_payment.notice;
+  v_payment    credits.charge_shape := credits._shape_invoice_payment(v_notice.object);
+  v_payment_id text := coalesce(v_payment.payment_intent_id, v_payment.charge_id);
+  v_current    boolean := credits._mirror(v_notice, v_payment.invoice_id);
+  v_account    text;
+  v_linked     boolean;
 begin
   if v_payment.invoice_id is null then
     return credits._ignored('no_invoice');
@@ -50,9 +51,13 @@ begin
   if v_account is null or v_payment.captured is null then
     return credits._mirrored(v_current);
   end if;
-  v_linked := credits._link_payment(coalesce(v_payment.payment_intent_id, v_payment.charge_id), 'invoice',
-                                    v_payment.invoice_id, v_account, v_payment.captured, v_payment.currency);
-  perform credits._lock_account(v_account);
+  perform credits._touch_payment(v_payment_id)
+    where v_payment_id is not null;
+  perform credits._lock_account(v_account);  -- what has fallen due is booked before what is known of the payment counts here
+  v_linked := credits._link_payment(v_payment_id, 'invoice', v_payment.invoice_id, v_account, v_payment.captured,
+                                    v_payment.currency);
+  perform credits._check_bought(v_payment_id, 'invoice', v_payment.invoice_id)
+    where not v_linked;
   perform credits._pause_if_disputed(v_payment.invoice_id, v_account) where v_linked;
   return credits._applied(credits._settle_source('invoice', v_payment.invoice_id, v_account));
 end $$;
@@ -74,6 +79,8 @@ begin
   perform credits._mirror_embedded('price', l.price_id, l.price, (_pay_invoice.notice).at, l.product_id)
      from (select s.* from credits._shape_lines(v_lines) s order by s.price_id) l;
   v_linked := credits._link_invoice_payments((_pay_invoice.notice).object, v_invoice, v_account_id);
+  perform credits._check_bought(coalesce(p.payment_intent_id, p.charge_id), 'invoice', v_invoice.invoice_id)
+     from credits._known_payments((_pay_invoice.notice).object, v_invoice.invoice_id) p;
   perform credits._lock_account(v_account_id);
   perform credits._pause_if_disputed(v_invoice.invoice_id, v_account_id) where v_linked;
 
@@ -128,11 +135,24 @@ begin
     select bool_or(credits._link_payment(coalesce(p.payment_intent_id, p.charge_id), 'invoice',
                                          (_link_invoice_payments.invoice).invoice_id, _link_invoice_payments.account_id,
                                          p.captured, p.currency))
-      from (select n.*
-              from (select i.* from credits._payments_of_invoice(_link_invoice_payments.object) i
-                    union all
-                    select s.* from credits.stripe_objects o, credits._shape_invoice_payment(o.snapshot) s
-                     where o.kind = 'invoice_payment' and o.ref = (_link_invoice_payments.invoice).invoice_id) n
-             where n.captured is not null
-             order by coalesce(n.payment_intent_id, n.charge_id)) p), false);
+      from (select k.*
+              from credits._known_payments(_link_invoice_payments.object, (_link_invoice_payments.invoice).invoice_id) k
+             order by coalesce(k.payment_intent_id, k.charge_id)) p), false);
 end $$;
+
+-- What is known to have paid an invoice: what it names itself, and what was told of it.
+create or replace function credits._known_payments(
+  object     jsonb,
+  invoice_id text
+)
+returns setof credits.charge_shape
+language sql
+stable
+as $$
+  select p.*
+    from (select i.* from credits._payments_of_invoice(_known_payments.object) i
+          union all
+          select s.* from credits.stripe_objects o, credits._shape_invoice_payment(o.snapshot) s
+           where o.kind = 'invoice_payment' and o.ref = _known_payments.invoice_id) p
+   where p.captured is not null
+$$;

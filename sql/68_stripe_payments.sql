@@ -123,7 +123,7 @@ begin
   return found;
 end $$;
 
--- The same for whoever grants by it: a payment buys once, and its row says what. What comes second waits for somebody to look.
+-- The same for whoever grants by it.
 create or replace function credits._claim_payment(
   payment_id  text,
   source_kind text,
@@ -135,21 +135,29 @@ create or replace function credits._claim_payment(
 returns void
 language plpgsql
 as $$
-declare
-  v_bought text;
 begin
-  if credits._link_payment(_claim_payment.payment_id, _claim_payment.source_kind, _claim_payment.source_id,
-                           _claim_payment.account_id, _claim_payment.amount, _claim_payment.currency) then
-    return;
-  end if;
-  select concat_ws(':', p.source_kind, p.source_id) into v_bought
-    from credits.stripe_payments p
-   where p.payment_id = _claim_payment.payment_id;
-  if v_bought <> concat_ws(':', _claim_payment.source_kind, _claim_payment.source_id) then
-    perform credits._park('payment_granted_before', null, jsonb_build_object(
-      'payment_id', _claim_payment.payment_id, 'bought', v_bought));
+  if not credits._link_payment(_claim_payment.payment_id, _claim_payment.source_kind, _claim_payment.source_id,
+                               _claim_payment.account_id, _claim_payment.amount, _claim_payment.currency) then
+    perform credits._check_bought(_claim_payment.payment_id, _claim_payment.source_kind, _claim_payment.source_id);
   end if;
 end $$;
+
+-- A payment buys once, and its row says what. What comes second waits for somebody to look. Invoices may share one.
+create or replace function credits._check_bought(
+  payment_id  text,
+  source_kind text,
+  source_id   text
+)
+returns void
+language sql
+as $$
+  select credits._park('payment_granted_before', null, jsonb_build_object(
+           'payment_id', p.payment_id, 'bought', concat_ws(':', p.source_kind, p.source_id)))
+    from credits.stripe_payments p
+   where p.payment_id = _check_bought.payment_id
+     and (p.source_kind, p.source_id) <> (_check_bought.source_kind, _check_bought.source_id)
+     and (p.source_kind, _check_bought.source_kind) <> ('invoice', 'invoice')
+$$;
 
 -- Before something becomes known of a payment: what has fallen due is booked by what was known until now, or a month that had
 -- begun would not come after all, and nothing roll over into it. Answers what is disputed of the invoice that it paid. The row of

@@ -22,6 +22,8 @@ begin
      for no key update;
   if not found then
     return 'duplicate';
+  elsif v_event.status <> 'received' then
+    v_event.endpoint := credits._endpoint_for(v_event);
   end if;
   v_result := credits._gate(v_event);
   if v_result.status is null then
@@ -72,6 +74,21 @@ begin
   end if;
   return v_result;
 end $$;
+
+-- Who takes an event that is tried again: if its endpoint is no longer meant for it, a live one that is.
+create or replace function credits._endpoint_for(event credits.stripe_events)
+returns text
+language sql
+stable
+as $$
+  select coalesce(case when (credits._gate(_endpoint_for.event)).reason is not null then (
+           select p.endpoint
+             from credits.stripe_endpoints p
+            where p.mode = 'live' and p.stripe_account is not distinct from (_endpoint_for.event).stripe_account
+              and coalesce(p.livemode = (_endpoint_for.event).livemode, true)
+            order by p.endpoint
+            limit 1) end, (_endpoint_for.event).endpoint)
+$$;
 
 -- A handler that fails is undone and leaves its error; one that lacks something is undone and leaves what; one in shadow
 -- mode is undone and leaves what it did. What is left here survives, since variables are no part of the transaction.
@@ -128,7 +145,8 @@ begin
   return v_result;
 end $$;
 
--- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt.
+-- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt. What came for an account
+-- that is closed is left to a person at once: no account opens again.
 create or replace function credits._close_event(
   event   credits.stripe_events,
   verdict credits.event_verdict,
@@ -141,12 +159,14 @@ declare
   v_result   credits.event_verdict := _close_event.verdict;
   v_attempts integer := (_close_event.event).attempts + case when v_result.busy then 0 else _close_event.counts end;
   v_open     boolean := v_result.status in ('parked', 'failed');
-  v_dead     boolean := v_open and v_attempts >= (credits._setting('stripe_event_max_attempts'))::integer;
+  v_dead     boolean := v_open and (v_attempts >= (credits._setting('stripe_event_max_attempts'))::integer
+                                    or coalesce(v_result.error = 'PT423 account_closed', false));
   v_wait     interval := least(interval '1 minute' * 2 ^ least(greatest(v_attempts - 1, 0), 16),
                                (credits._setting('stripe_event_max_wait') #>> '{}')::interval);
 begin
   update credits.stripe_events e
-     set status          = v_result.status,
+     set endpoint        = (_close_event.event).endpoint,
+         status          = v_result.status,
          reason          = v_result.reason,
          error           = v_result.error,
          effects         = v_result.effects,
@@ -194,19 +214,27 @@ begin
   perform credits._wake(k) from unnest(v_known) k where k is not null and cardinality(v_tried) = 20;
 end $$;
 
--- Events that wait for something are due at once.
+-- Events that wait for something are due at once; one that was given up begins anew.
 create or replace function credits._wake(waits_for text)
 returns void
 language sql
 as $$
+  select credits._make_due(array(
+    select e.event_id
+      from credits.stripe_events e
+     where e.status = 'parked' and e.waits_for is not null and e.waits_for = _wake.waits_for
+       and coalesce(e.next_attempt_at > credits.now(), true)
+       for no key update skip locked))
+$$;
+
+create or replace function credits._make_due(event_ids text[])
+returns void
+language sql
+as $$
   update credits.stripe_events e
-     set next_attempt_at = credits.now()
-    from (select w.event_id
-            from credits.stripe_events w
-           where w.status = 'parked' and w.waits_for is not null and w.waits_for = _wake.waits_for
-             and w.next_attempt_at > credits.now()
-             for no key update skip locked) w
-   where e.event_id = w.event_id
+     set next_attempt_at = credits.now(),
+         attempts        = case when e.next_attempt_at is null then 0 else e.attempts end
+   where e.event_id = any (_make_due.event_ids)
 $$;
 
 -- What a parked event lacks, if it is something that can be asked for and is not known.

@@ -76,6 +76,10 @@ begin
   on conflict on constraint notification_endpoints_pkey do update
     set url = excluded.url, kinds = excluded.kinds, enabled = excluded.enabled, account_id = excluded.account_id,
         updated_at = excluded.updated_at;
+  delete from credits.notification_deliveries d
+   using credits.notification_endpoints e, credits.notifications n
+   where d.channel = 'webhook' and d.target = set_notification_endpoint.name and d.state = 'pending' and e.name = d.target
+     and n.notification_id = d.notification_id and not credits._hears(e, n);
   update credits.notification_deliveries d
      set next_attempt_at = credits._send_at(d.channel, d.target, credits.now())
    where d.channel = 'webhook' and d.target = set_notification_endpoint.name and d.state = 'pending'
@@ -87,7 +91,8 @@ comment on function credits.set_notification_endpoint(text, text, text[], boolea
 
 name is lower case letters, digits and _, and names its secret, PGCREDITS_NOTIFY_SECRET_<NAME> in the worker''s environment. url
 is https, or http on this machine (localhost, 127.0.0.1). kinds are those it gets, null is all; account_id is the one account
-that it hears of, null is all. While enabled is false its deliveries are kept, and sent when it is true again.
+that it hears of, null is all; what waits and is no longer for it is not sent. While enabled is false its deliveries are kept,
+and sent when it is true again.
 Errors: 400 invalid_request, 404 account_not_found.';
 
 create or replace function credits.remove_notification_endpoint(name text)
@@ -223,8 +228,7 @@ stable
 as $$
   select 'webhook', e.name
     from credits.notification_endpoints e
-   where (e.kinds is null or (_targets.notification).type = any (e.kinds))
-     and (e.account_id is null or e.account_id = (_targets.notification).account_id)
+   where credits._hears(e, _targets.notification)
   union all
   select 'email', 'customer'
     from credits.notification_kinds k
@@ -236,6 +240,20 @@ as $$
    where credits._setting('operator_email') #>> '{}' <> ''
      and coalesce((select k.audience from credits.notification_kinds k where k.kind = (_targets.notification).type),
                   'operator') = 'operator'
+$$;
+
+-- As the endpoint is now: asked when something is told, again before each time it is sent, and when it is replayed.
+create or replace function credits._hears(
+  endpoint     credits.notification_endpoints,
+  notification credits.notifications
+)
+returns boolean
+language sql
+immutable
+as $$
+  select ((_hears.endpoint).kinds is null or (_hears.notification).type = any ((_hears.endpoint).kinds))
+     and ((_hears.endpoint).account_id is null
+          or (_hears.endpoint).account_id is not distinct from (_hears.notification).account_id)
 $$;
 
 create or replace function credits._check_endpoint(

@@ -50,8 +50,8 @@ begin
     perform credits._request_missing(v_verdict.waits_for);
   elsif v_outcome = 'declined' and v_request.purpose <> 'retrieve'
         and not exists (select from credits.stripe_handlers h where h.event_type = 'failed.' || v_request.purpose)
-        and jsonb_typeof(v_answer #> '{error,payment_intent}') = 'object' then
-    perform credits._apply_answer(v_request, v_answer #> '{error,payment_intent}');
+        and credits._declined_payment(v_answer) is not null then
+    perform credits._apply_answer(v_request, credits._declined_payment(v_answer));
   end if;
   return credits._request_result(credits._close_request(v_request, v_outcome, v_answer, complete_stripe_request.headers));
 end $$;
@@ -172,9 +172,9 @@ begin
   perform credits._tell_asker(v_request, 'failed', _close_request.answer) where v_state in ('failed', 'declined');
   perform credits._look_at_named(v_request) where v_state = 'failed';
   -- What was asked for again while it was on its way may be newer than this answer. The next page of a list is asked for anyway.
-  perform credits._request(v_request.purpose, v_request.ref, 'get', v_request.path, run_at => v_request.run_at,
-                           stripe_account => v_request.stripe_account)
-    where v_state = 'done' and v_request.purpose = 'retrieve' and v_request.params = '{}'
+  perform credits._request(v_request.purpose, v_request.ref, 'get', v_request.path, v_request.params,
+                           run_at => v_request.run_at, stripe_account => v_request.stripe_account)
+    where v_state = 'done' and v_request.purpose = 'retrieve' and not v_request.params ? 'limit'
       and v_request.run_at > v_request.last_sent_at;
   return v_request;
 end $$;

@@ -60,7 +60,7 @@ until it is paid. A plan is sold at the last of its stripe_price_ids, or at pric
 without the buyer; a subscription always does. metadata is an object of texts, for your own use. success_url may hold
 {CHECKOUT_SESSION_ID}; it and cancel_url must be in the setting allowed_redirect_urls.
 Errors: 400 invalid_request, redirect_not_allowed, 404 account_not_found, package_not_found, plan_not_found, price_not_found,
-409 idempotency_conflict, already_subscribed, 423 account_closed.';
+409 idempotency_conflict, already_subscribed, 423 account_closed, 429 rate_limited.';
 
 create or replace function credits.get_checkout(
   account_id text,
@@ -121,7 +121,8 @@ comment on function credits.create_portal_session(text, text, text) is
 The result is that of create_checkout(); call again with the same key until state is done. Stripe lets nobody in by the url
 later than five minutes after it made it: then state is expired, and a new key makes a new session. return_url must be in
 the setting allowed_redirect_urls.
-Errors: 400 invalid_request, redirect_not_allowed, 404 account_not_found, customer_not_found, 409 idempotency_conflict.';
+Errors: 400 invalid_request, redirect_not_allowed, 404 account_not_found, customer_not_found, 409 idempotency_conflict,
+429 rate_limited.';
 
 create or replace function credits.get_portal_session(
   account_id text,
@@ -154,6 +155,7 @@ as $$
 declare
   v_checkout credits.checkouts;
 begin
+  perform credits._check_checkouts(_new_checkout.account_id);
   v_checkout.checkout_id := gen_random_uuid();
   v_checkout.account_id  := _new_checkout.account_id;
   v_checkout.kind        := _new_checkout.kind;

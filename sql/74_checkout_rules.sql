@@ -2,6 +2,7 @@
 -- Amounts are integers and references ids, so that nothing in the parameters depends on how a client writes numbers.
 
 insert into credits.settings as s (name, value, summary) values
+  ('checkouts_per_hour', '100', 'How many sessions of Checkout and of the customer portal one account may ask for within an hour.'),
   ('allowed_redirect_urls', '["http://localhost:*", "http://127.0.0.1:*"]',
    'Where Stripe may send people back to: a list of origins, or of addresses whose beginning it is. A port * is any.')
 on conflict (name) do update set summary = excluded.summary;
@@ -29,6 +30,28 @@ begin
       when 'price_id'      then 'price_id chooses one of several prices of a plan.'
       else 'metadata is an object of at most 40 texts: names of up to 40 characters, values of up to 500; '
            'account_id, package, plan, quantity, purchase_id, checkout_id and top_up_id are ours.' end);
+  end if;
+end $$;
+
+-- A browser may ask under any number of keys, and each is a request to Stripe. Counted under the lock of the account.
+create or replace function credits._check_checkouts(account_id text)
+returns void
+language plpgsql
+stable
+as $$
+declare
+  v_limit  integer := credits._setting('checkouts_per_hour')::integer;
+  v_used   bigint;
+  v_resets timestamptz;
+begin
+  select count(*), (array_agg(c.created_at order by c.created_at desc))[v_limit] + interval '1 hour'
+    into v_used, v_resets
+    from credits.checkouts c
+   where c.account_id = _check_checkouts.account_id and c.created_at > credits.now() - interval '1 hour';
+  if v_used >= v_limit then
+    perform credits._fail(429, 'rate_limited',
+      jsonb_build_object('limit', v_limit, 'used', v_used, 'required', 1, 'resets_at', v_resets),
+      'The setting checkouts_per_hour says how many sessions an account may ask for. What it was given may still be used.');
   end if;
 end $$;
 

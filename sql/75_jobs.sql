@@ -20,6 +20,7 @@ with listed (name, schedule, batch_size, function, summary) as (values
   ('warn_expiring_credits',       '7 * * * *',    500,   '_warn_expiring_credits',       'Tells of credits that end soon.'),
   ('retry_stripe_events',         '* * * * *',    10,    '_retry_stripe_events',         'Tries parked and failed events.'),
   ('refresh_stale_subscriptions', '17 * * * *',   500,   '_refresh_stale_subscriptions', 'Asks Stripe where it fell silent.'),
+  ('refresh_stale_purchases',     '37 4 * * *',   null,  '_refresh_stale_purchases',     'Asks Stripe what purchases wait for.'),
   ('subscription_cache_cleanup',  '*/10 * * * *', 1000,  '_clean_subscription_cache',    'Clears expired rows of the cache.'),
   ('reconcile_stripe',            '33 3 * * *',   null,  '_reconcile_stripe',            'Asks what Stripe has and we have not.'),
   ('purge_notifications',         '5 2 * * *',    1000,  '_purge_notifications',         'Removes old notifications.'),

@@ -22,12 +22,13 @@ begin
                                            claim_notifications.channels)
   loop
     v_message := credits._compose(v_delivery);
-    if v_message.address is null and v_message.channel = 'webhook' then  -- told while its endpoint was removed
+    if v_message.address is null and v_message.channel = 'webhook' then  -- its endpoint is gone, or hears of other things now
       delete from credits.notification_deliveries d where d.delivery_id = v_delivery.delivery_id;
     elsif v_message.address is null then
       perform credits._close_delivery(v_delivery, 'dead', null, 'There is no address to send it to.');
     elsif v_delivery.attempts > credits._setting('notification_max_attempts')::integer then
-      perform credits._close_delivery(v_delivery, 'dead', null, 'No worker came back with it.');
+      perform credits._close_delivery(v_delivery, 'dead', v_delivery.last_status,
+                                      coalesce(v_delivery.last_error, 'No worker came back with it.'));
     else
       return next v_message;
     end if;

@@ -60,7 +60,9 @@ begin
   v_message.locked_until := v_delivery.locked_until;
   v_message.message_id   := credits._message_id(v_told.notification_id);
   if v_delivery.channel = 'webhook' then
-    select e.url into v_message.address from credits.notification_endpoints e where e.name = v_delivery.target;
+    select e.url into v_message.address
+      from credits.notification_endpoints e
+     where e.name = v_delivery.target and credits._hears(e, v_told);
     v_message.body := credits._webhook_body(v_told);
   else
     v_message.address := credits._mail_address(v_told.account_id, v_delivery.target);

@@ -75,7 +75,8 @@ comment on function credits_api.create_checkout(text, text, text, text, text, in
 Name one of the two. state is queued until Stripe has answered: ask get_checkout with the same key until it is done, then go
 to url. The addresses must be in the setting allowed_redirect_urls. A retry repeats the key, a new purchase takes a new one.
 Errors: 400 invalid_request, redirect_not_allowed, 401 not_authenticated, 403 forbidden, 404 account_not_found,
-package_not_found, plan_not_found, price_not_found, 409 idempotency_conflict, already_subscribed, 423 account_closed.';
+package_not_found, plan_not_found, price_not_found, 409 idempotency_conflict, already_subscribed, 423 account_closed,
+429 rate_limited.';
 
 create or replace function credits_api.get_checkout(
   key        text,
@@ -111,7 +112,7 @@ comment on function credits_api.create_portal_session(text, text, text) is
 Call again with the same key until state is done, then go to url, within five minutes. return_url must be in the setting
 allowed_redirect_urls.
 Errors: 400 invalid_request, redirect_not_allowed, 401 not_authenticated, 403 forbidden, 404 account_not_found,
-customer_not_found, 409 idempotency_conflict.';
+customer_not_found, 409 idempotency_conflict, 429 rate_limited.';
 
 create or replace function credits_api.get_portal_session(
   key        text,

@@ -296,6 +296,8 @@ class Objects:
         if last == "lines" and self.current(parent, at):
             return 200, self.lines(parent, params)
         shown = self.current(last, at)
+        if shown and "expand" in params:
+            shown = shown | {name: self.current(shown[name], at) for name in params["expand"] if shown[name]}
         if shown and path == f"/v1/{RESOURCES[shown['object']]}/{last}":
             return 200, shown
         return 404, {"error": {"type": "invalid_request_error", "code": "resource_missing", "message": path}}

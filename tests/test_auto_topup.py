@@ -929,6 +929,33 @@ def test_a_dispute_of_an_invoice_ends_it_in_any_order(ledger: Ledger, order: tup
     assert_sound(ledger)
 
 
+@pytest.mark.parametrize(
+    ("first", "other", "linked"),
+    [
+        (True, "session", "invoice"),
+        (True, "payment", "event"),
+        (False, "session", "event"),
+        (False, "payment", "invoice"),
+    ],
+)
+def test_a_payment_of_an_invoice_buys_nothing_else(ledger: Ledger, first: bool, other: str, linked: str) -> None:
+    """By the invoice itself, as in older versions, or by an event of its own."""
+    started(ledger)
+    price = {"id": "price_1", "recurring": {"interval": "month"}, "metadata": {"credits": "70"}}
+    month = {"start": int(ledger.now.timestamp()), "end": int((ledger.now + 31 * DAY).timestamp())}
+    line = {"id": "il_1", "amount": 1000, "quantity": 1, "price": price, "period": month}
+    about = {**INVOICE, "lines": {"data": [line], "has_more": False}}
+    of_invoice = [("invoice.paid", {**about, **({"payment_intent": "pi_1"} if linked == "invoice" else {})})]
+    if linked == "event":
+        of_invoice.insert(0, ("invoice_payment.paid", PAYMENT))
+    said = [of_invoice, [copied(ledger)[other]]]
+    outcomes = [ledger.tell(*event) for events in said[:: 1 if first else -1] for event in events]
+    assert (outcomes[:-1], outcomes[-1]) == (["applied"] * (len(outcomes) - 1), "parked")
+    assert [row.reason for row in ledger.table("stripe_events", "status = 'parked'")] == ["payment_granted_before"]
+    assert [row.amount for row in ledger.table("grants", "true order by grant_id")][1:] == [70 if first else 1000]
+    assert_sound(ledger)
+
+
 def test_an_inquiry_that_becomes_a_dispute_ends_it(ledger: Ledger) -> None:
     rule(ledger)
     for name in ("paid", "linked", "charge"):
@@ -955,7 +982,9 @@ def test_a_closed_account_buys_nothing_and_what_it_paid_is_kept_to_be_seen(ledge
     with refused(423, "account_closed"):
         rule(ledger)
     assert ledger.tell(SUCCEEDED, intent(ledger), "evt_late") == "failed"
-    assert "account_closed" in ledger.event("evt_late").error
+    late = ledger.event("evt_late")
+    assert (late.error, late.next_attempt_at) == ("PT423 account_closed", None)  # no account opens again
+    assert [row.key for row in ledger.table("notifications", "type = 'stripe_event_given_up'")] == ["evt_late"]
     assert how(ledger)[2] == "queued"
 
 

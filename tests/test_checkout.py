@@ -270,6 +270,26 @@ def test_a_key_with_other_arguments_is_a_conflict(ledger: Ledger) -> None:
     assert ledger.create_checkout("beta", package="pro", success_url=BACK, key="k").replayed is False
 
 
+def test_an_account_asks_for_so_many_sessions_an_hour(ledger: Ledger) -> None:
+    bind(ledger)
+    ledger.set_setting("checkouts_per_hour", 2)
+    start = ledger.now
+    first = check_out(ledger)
+    ledger.now += MINUTE
+    portal(ledger)
+    full = {"limit": 2, "used": 2, "required": 1, "resets_at": (start + HOUR).isoformat()}
+    for asks in (partial(check_out, key="2"), partial(check_out, key="2", plan="team"), partial(portal, key="2")):
+        with ledger.unchanged(), refused(429, "rate_limited", **full):
+            asks(ledger)
+    assert same(first, check_out(ledger))  # what it was given is still there
+    ledger.create_checkout("beta", package="starter", success_url=BACK, key="2")
+    ledger.now = start + HOUR
+    check_out(ledger, key="2")
+    ledger.set_setting("checkouts_per_hour", 0)
+    with refused(429, "rate_limited", used=2, resets_at=None):
+        check_out(ledger, key="3")
+
+
 def test_a_session_that_has_expired_says_so(ledger: Ledger) -> None:
     check_out(ledger)
     answer(ledger, opened(ledger))
@@ -442,7 +462,7 @@ def test_a_call_tells_what_to_wait_for_until_stripe_has_answered(ledger: Ledger)
 
 def portal(ledger: Ledger, **more: Any) -> Any:
     """Alpha wants to see the portal, under one key."""
-    return ledger.create_portal_session("alpha", more.pop("return_url", "http://localhost:3000"), key="k", **more)
+    return ledger.create_portal_session("alpha", **{"return_url": "http://localhost:3000", "key": "k", **more})
 
 
 def test_the_portal_is_asked_for_and_open_for_five_minutes(ledger: Ledger) -> None:

@@ -685,6 +685,22 @@ def test_all_orders_of_a_story_end_in_one_state(conn: Connection[Any], name: str
     assert len(purchases) == 1
 
 
+def test_a_refund_takes_no_month_that_nobody_has_booked_whenever_its_payment_is_linked(subscriber: Ledger) -> None:
+    """Months that had begun before it was heard of have begun, also if what it refunds is heard of later."""
+    ledger, booked = subscriber, []
+    ledger.tell("customer.subscription.created", SUBSCRIPTION)
+    ledger.tell("invoice.paid", {**NEW_INVOICE, "lines": invoice("year", 365)["lines"]})
+    ledger.now += 65 * DAY
+    for order in permutations([("invoice_payment.paid", PAYMENT), ("refund.created", refund(1000))]):
+        with ledger.conn.transaction(force_rollback=True):
+            for event in order:
+                assert ledger.tell(*event) == "applied"
+            booked.append([(entry.kind, entry.amount) for entry in ledger.table("entries", "true order by entry_seq")])
+            assert ledger.available() == 0
+            assert_sound(ledger)
+    assert booked[0] == booked[1]
+
+
 def test_the_halves_of_a_story_that_come_at_once_find_each_other(database: Database) -> None:
     with committed(database) as ledger:
         ledger.load_demo_catalog()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
@@ -480,6 +480,8 @@ def test_what_is_no_connection_is_refused(plain: Connection[Any], shop: Ledger) 
         pgcredits.usage("postgresql://", "alpha", "chapter")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="AsyncConnection or AsyncConnectionPool of psycopg, not Connection"):
         pgcredits.usage_async(plain, "alpha", "chapter")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="account_id must be a str, not int"):
+        pgcredits.usage(plain, 42, "chapter")  # type: ignore[arg-type]
 
 
 def test_other_errors_of_the_database_pass(plain: Connection[Any], shop: Ledger) -> None:
@@ -643,7 +645,33 @@ def test_a_cancellation_that_comes_while_leaving_is_not_lost(shop: Ledger, marke
     for error in (None, LookupError):
         with pytest.raises(asyncio.CancelledError):
             asyncio.run(work(error))
-    assert held(shop) == 120  # of the work that was done, and could not be settled; the other one is given back
+    assert shop.sums() == (380, 0, 380, 0)  # the work that was done is charged; the other one is given back
+
+
+def test_a_settle_outlives_a_cancellation_by_so_much(
+    shop: Ledger, market: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with await connected(market) as conn, pgcredits.usage_async(conn, "alpha", "chapter", 1200) as u:
+            task = asyncio.current_task()
+            assert task
+            asyncio.get_running_loop().call_soon(task.cancel)
+            await u.settle(1000)
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(work())
+    assert shop.sums() == (400, 0, 400, 0)
+    monkeypatch.setattr("pgcredits.client.SETTLE_WAIT", 0.1)
+    settle = client.AsyncUsage._settle  # noqa: SLF001
+
+    async def blocked(usage: client.AsyncUsage, arguments: dict[str, Any]) -> None:
+        with locked(market):
+            await settle(usage, arguments)
+
+    monkeypatch.setattr(client.AsyncUsage, "_settle", blocked)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(work())
+    assert held(shop) == 120
 
 
 @pytest.mark.parametrize("usage_id", [None, "job-7"])
@@ -792,6 +820,38 @@ def test_the_page_with_psycopg_async(shop: Ledger, market: Database) -> None:
 
     asyncio.run(work())
     assert shop.sums() == (400, 0, 400, 0)
+
+
+def test_the_page_with_a_stream_whose_reader_goes_away(shop: Ledger, market: Database) -> None:
+    sent: list[bytes] = []
+    read = asyncio.Event()
+
+    async def generate(prompt: str, model: str | None) -> AsyncIterator[str]:
+        for _ in range(10):
+            yield f"{prompt} " * 100
+            await asyncio.sleep(0.01)
+
+    async def receive() -> dict[str, str]:
+        await read.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) > 3:
+            read.set()
+
+    async def work() -> None:
+        page = example("psycopg", 2)
+        async with AsyncConnectionPool(market.dsn, min_size=1, kwargs={"options": SERVICE}, open=False) as pool:
+            answer = await page["answer"](pool, "alpha", "word", generate)
+            await answer({"type": "http"}, receive, send)
+            with refused(403, "plan_required"):
+                await page["answer"](pool, "beta", "word", generate)
+
+    asyncio.run(work())
+    words = b"".join(sent).count(b"word")
+    assert 0 < words < 1000
+    assert shop.sums() == (500 - words / 10, 0, 500 - words / 10, 0)
 
 
 def test_the_page_with_sqlalchemy(shop: Ledger, market: Database) -> None:

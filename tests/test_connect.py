@@ -191,6 +191,26 @@ def test_what_was_seen_in_shadow_mode_is_applied_by_the_endpoint_that_is_live(le
     assert ledger.receive_stripe_event("shop", payload).outcome == "applied"
 
 
+def test_what_waits_is_taken_by_whoever_is_meant_for_it_now(ledger: Ledger) -> None:
+    about = session(metadata={"package": "starter"})
+    assert tell(ledger, COMPLETED, about, event_id="evt_1") == "parked"
+    ledger.set_stripe_endpoint("shop", stripe_account=OTHER)
+    ledger.set_stripe_endpoint("live", livemode=True, stripe_account=SHOP)
+    ledger.set_stripe_endpoint("look", mode="shadow", stripe_account=SHOP)
+    assert ledger.replay_stripe_event("evt_1").outcome == "parked"  # its livemode is not known: any will do
+    ledger.set_stripe_endpoint("live", livemode=True, stripe_account=OTHER)
+    assert (ledger.replay_stripe_event("evt_1").outcome, ledger.event("evt_1").reason) == (
+        "ignored",
+        "account_mismatch",
+    )
+    ledger.set_stripe_endpoint("second", stripe_account=SHOP)
+    assert ledger.replay_stripe_event("evt_1").outcome == "parked"
+    ledger.set_stripe_endpoint("second", stripe_account=OTHER)
+    ledger.set_stripe_endpoint("third", stripe_account=SHOP)
+    answer(ledger, CUSTOMER)
+    assert (ledger.event("evt_1").endpoint, ledger.available()) == ("third", 1000)
+
+
 # What is done there --------------------------------------------------------------------------------------------------
 
 
@@ -420,8 +440,8 @@ APPLICATION: Json = {"id": "ca_1", "object": "application"}
 REVOKED: Json = {"error": {"type": "invalid_request_error", "code": "account_invalid"}}
 
 
-def health(ledger: Ledger) -> str:
-    (row,) = [row for row in ledger.health() if row.name == "stripe_accounts_are_connected"]
+def health(ledger: Ledger, name: str = "stripe_accounts_are_connected") -> str:
+    (row,) = [row for row in ledger.health() if row.name == name]
     status: str = row.status
     return status
 
@@ -458,6 +478,25 @@ def test_an_account_that_is_disconnected_is_left_alone_until_it_is_back(ledger: 
     assert health(ledger) == "warn"
     ledger.set_stripe_endpoint("shop", stripe_account=SHOP)
     assert (health(ledger), silent(ledger)) == ("ok", False)
+
+
+def test_what_its_events_lacked_is_asked_for_when_it_is_back(ledger: Ledger) -> None:
+    ledger.change("update credits.settings set value = '2' where name = 'stripe_event_max_attempts'")
+    tell(ledger, GONE, APPLICATION)
+    assert tell(ledger, COMPLETED, session(metadata={"package": "starter"}), event_id="evt_1") == "parked"
+    ledger.now += DAY
+    ledger.process_stripe_events()
+    assert (ledger.event("evt_1").next_attempt_at, asked(ledger)) == (None, [])
+    tell(ledger, BACK, APPLICATION)
+    assert [row.outcome for row in ledger.process_stripe_events()] == ["parked"]
+    answer(ledger, CUSTOMER)
+    assert (ledger.event("evt_1").status, ledger.available()) == ("applied", 1000)
+
+
+def test_a_live_endpoint_there_says_which_money_counts(ledger: Ledger) -> None:
+    assert health(ledger, "connected_endpoints_know_their_mode") == "warn"
+    ledger.set_stripe_endpoint("shop", livemode=False, stripe_account=SHOP)
+    assert health(ledger, "connected_endpoints_know_their_mode") == "ok"
 
 
 def test_an_answer_from_there_says_that_it_is_connected(ledger: Ledger) -> None:

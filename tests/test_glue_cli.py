@@ -17,6 +17,7 @@ from five_ways import JWT_SECRET, SERVICE, login, token
 from servers import ONE_ENGINE, Database
 
 from pgcredits import __version__, migrate
+from pgcredits.cli import _listener
 from pgcredits.settings import Settings, SettingsError
 
 SECRET = "whsec_of_the_command_line"
@@ -142,10 +143,19 @@ def test_up_on_a_port_that_is_taken() -> None:
         answer = pgcredits(env, "up")
     assert answer.returncode == 1
     assert answer.stderr == (
-        f"pgcredits: cannot listen on 127.0.0.1:{env['PGCREDITS_PORT']} (Address already in use); "
+        f"pgcredits: cannot listen on http://127.0.0.1:{env['PGCREDITS_PORT']} (Address already in use); "
         "set PGCREDITS_PORT to another port\n"
     )
     assert processes_in(data) == []
+
+
+def test_an_address_of_ipv6_is_served() -> None:
+    settings = Settings.from_environment({"PGCREDITS_HOST": "[::1]", "PGCREDITS_PORT": "0"})
+    assert (settings.door(80), Settings().door(80)) == ("http://[::1]:80", "http://127.0.0.1:80")
+    if not Path("/proc/net/if_inet6").exists() or "lo" not in Path("/proc/net/if_inet6").read_text():
+        pytest.skip("no IPv6 on this machine")
+    with _listener(settings) as listener:
+        assert listener.getsockname()[0] == "::1"
 
 
 def test_audit_fails_when_something_is_wrong(database: Database) -> None:

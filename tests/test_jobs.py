@@ -24,7 +24,7 @@ JOBS = {
     "expire_grants", "expire_reservations", "grant_plan_credits", "apply_scheduled_changes", "retry_stripe_events",
     "refresh_stale_subscriptions", "subscription_cache_cleanup", "archive_stripe_events", "audit", "purge_job_history",
     "run_auto_topups", "warn_expiring_credits", "purge_notifications", "reconcile_stripe", "refresh_totals",
-    "repeat_erasures",
+    "repeat_erasures", "refresh_stale_purchases",
 }  # fmt: skip
 SCHEDULES = [  # 31 January 2030 is a Thursday
     ("* * * * *", "2030-01-31 12:00:00", "2030-01-31 12:01"),

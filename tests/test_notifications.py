@@ -96,6 +96,25 @@ def test_endpoints_get_what_they_want(ledger: Ledger) -> None:
     assert ledger.replay_notification(number, target="all") == []
 
 
+def test_an_endpoint_gets_what_it_wants_when_it_is_sent(ledger: Ledger) -> None:
+    def narrow(**to: Any) -> None:
+        ledger.set_notification_endpoint("shop", "https://example.com/a", **to)
+
+    narrow()
+    ours, theirs = notify(ledger, "refund", "1", "alpha"), notify(ledger, "refund", "2", "beta")
+    of_all, other = notify(ledger, "refund", "3", None), notify(ledger, "dispute")
+    narrow(account_id="alpha", kinds=["refund"])
+    assert ledger.list_notification_endpoints()[0].pending == 1  # what it does not want waits no longer
+    (sent,) = ledger.claim_notifications()
+    assert sent.message_id == f"ntf_{ours}"
+    assert [ledger.replay_notification(number) for number in (theirs, of_all, other)] == [[]] * 3
+    narrow(account_id="beta")
+    assert ledger.replay_notification(ours) == []
+    ledger.now += LEASE  # its worker was killed
+    assert ledger.claim_notifications() == []
+    assert [row.target for row in ledger.replay_notification(theirs)] == ["shop"]
+
+
 def test_nothing_goes_to_an_endpoint_that_is_switched_off(ledger: Ledger) -> None:
     address = "https://example.com/a"
     ledger.set_notification_endpoint("shop", address)
@@ -335,6 +354,19 @@ def test_one_that_no_worker_survives_ends(ledger: Ledger, delivery: int) -> None
     assert [row.target for row in ledger.claim_notifications()] == []
     assert stands(ledger, delivery) == ("dead", 4)
     assert told(ledger, "notification_given_up")
+
+
+def test_fewer_attempts_end_what_has_had_more_and_keep_its_last_answer(ledger: Ledger, delivery: int) -> None:
+    for status in (503, 502):
+        ledger.now = ledger.complete_notification(delivery, status, answer=f"busy {status}").next_attempt_at
+        ledger.claim_notifications()
+    ledger.now = ledger.complete_notification(delivery, 504, answer="busy 504").next_attempt_at
+    setting(ledger, "notification_max_attempts", "2")
+    assert ledger.claim_notifications() == []
+    (given_up,) = ledger.list_notifications(kind="notification_given_up")
+    assert (given_up.data["status"], given_up.data["error"]) == (504, "busy 504")
+    assert ledger.retry_notifications("shop") == 1
+    assert delivery in [row.delivery_id for row in ledger.claim_notifications()]
 
 
 def test_a_mail_that_is_refused_for_good(ledger: Ledger) -> None:

@@ -113,6 +113,39 @@ def test_what_is_not_paid_is_no_gap(ledger: Ledger) -> None:
     assert (row.checked, row.found) == (1, 0)
 
 
+def test_a_purchase_that_came_to_nothing_waits_for_a_day(ledger: Ledger) -> None:
+    """What Stripe lists as paid does not tell of it, so Stripe is asked what became of each that waits."""
+    world = World()
+    failed, waits = world.buy("alpha", paid=False), world.buy("alpha", paid=False)
+    ledger.now = world.moment
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    ledger.create_checkout("beta", package="starter", success_url="http://localhost:3000", key="c")
+    (asked,) = ledger.table("stripe_requests")
+    left = session("cs_9", status="open", payment_status="unpaid", payment_intent=None, livemode=False,
+                   metadata=asked.params["metadata"])  # fmt: skip
+    ledger.complete_stripe_request(asked.request_id, 200, json.dumps(left))
+    world.fail_late(failed)
+    world.put("checkout.session", "cs_9", **left)
+    world.wait(hours=24)
+    world.put("checkout.session", "cs_9", status="expired")
+    ledger.now = world.moment
+    assert ledger.run_job("refresh_stale_purchases").rows_done == 0
+    ledger.now += HOUR
+    ledger.set_stripe_endpoint("default", mode="shadow")
+    assert ledger.run_job("refresh_stale_purchases").rows_done == 0
+    ledger.set_stripe_endpoint("default")
+    assert ledger.run_job("refresh_stale_purchases").rows_done == 3
+    assert [
+        problem for row in ledger.table("stripe_requests") for problem in problems(row.method, row.path, row.params)
+    ] == []
+    settle(ledger, world)
+    found = {row.stripe_session_id: row.status for row in ledger.table("purchases")}
+    assert found == {failed: "failed", waits: "processing", "cs_9": "expired"}
+    assert [row.type for row in ledger.table("notifications", "type like 'payment%%'")] == ["payment_failed"]
+    assert_sound(ledger)
+
+
 def test_a_gap_that_the_event_closes_has_arrived(ledger: Ledger) -> None:
     world = World()
     bought = world.buy("alpha")
@@ -231,6 +264,21 @@ def test_what_was_seen_in_shadow_is_left_to_a_replay(ledger: Ledger) -> None:
     assert ledger.replay_stripe_event(event.event_id).outcome == "applied"
     assert ledger.available("alpha") == 2000
     assert (bought, "purchase_missing", "arrived") in gaps(ledger)
+    ledger.change("update credits.stripe_events set payload = null, archived_at = received_at")  # as time goes by
+    assert (run(ledger, world, repair=True).repaired, ledger.available("beta")) == (0, 0)
+
+
+def test_what_was_not_paid_yet_in_shadow_is_repaired(ledger: Ledger) -> None:
+    """Nobody else has granted it: its payment came after the switch, and its event was lost."""
+    world = World(chatty=True)
+    ledger.set_stripe_endpoint("default", mode="shadow")
+    invoice = world.facts[world.subscribe("beta", "basic", paid=False)]["latest_invoice"]
+    for event in world.events:
+        ledger.receive_stripe_event("default", event.payload)
+    assert ledger.table("stripe_events", "object_id = %s and reason = 'shadow'", invoice)
+    ledger.set_stripe_endpoint("default", mode="live")
+    world.pay(invoice)
+    assert (run(ledger, world, repair=True).repaired, ledger.available("beta")) == (1, 1000)
 
 
 def test_one_run_at_a_time_and_the_window_is_a_setting(ledger: Ledger) -> None:

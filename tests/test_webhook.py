@@ -208,6 +208,17 @@ def test_a_body_beyond_the_limit_is_refused(shop: Shop) -> None:
         assert door.post(body).status_code == 200
 
 
+def test_a_body_that_does_not_arrive_is_given_up(shop: Shop) -> None:
+    with (
+        Door(shop.dsn, body_timeout=0.1) as door,
+        socket.create_connection(("127.0.0.1", door.port), timeout=10) as sock,
+    ):
+        sock.sendall(b"POST /webhooks/stripe/default HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))  # until the door hangs up
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b'"message":"request_timeout"' in answer
+
+
 def test_an_endless_body_is_cut_off(door: Door) -> None:
     with socket.create_connection(("127.0.0.1", door.port)) as sock:
         sock.sendall(b"POST /webhooks/stripe/default HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
