@@ -95,7 +95,7 @@ class Server:
         """Rows of a query that the superuser makes."""
         with psycopg.connect(self._admin_dsn, autocommit=True, row_factory=namedtuple_row, connect_timeout=30) as conn:
             cursor = conn.execute(text.encode(), parameters or None)
-            return cursor.fetchall() if cursor.description else []
+            return cursor.fetchall() if cursor.description is not None else []  # there may be rows of no column
 
     def set_on(self, seconds: float) -> None:
         """Let time pass at once."""
