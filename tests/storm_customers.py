@@ -26,7 +26,10 @@ PATIENCE = 90  # seconds
 GONE = {None, "57P01", "57P02", "57P03", "53300"}  # SQLSTATEs of a connection or a server that went away
 NOT_NOW = {503, 504}
 DAILY_CAP = 6000  # cents
-PACKAGES = {"starter": 1000, "standard": 5000}
+PACKAGES: dict[str, Callable[[int], int]] = {  # credits for a price
+    "starter": lambda _: 1000, "standard": lambda price: price + 500, "refill": lambda price: price,
+}  # fmt: skip
+PLANS = ["basic", "day", "large_day"]
 URLS = {"success_url": "https://shop.example.com/thanks", "cancel_url": "https://shop.example.com/"}
 
 
@@ -124,19 +127,22 @@ class Customer:
         self._spent: list[tuple[str, Decimal]] = []
         self._holds: list[tuple[str, int]] = []
         self._grants: list[int] = []
+        self._uses: list[tuple[str, int]] = []
 
     def work(self, stop: threading.Event) -> None:
         """One thing after the other, whatever comes to mind."""
         things: dict[Callable[[], None], int] = {
             self.spend: 25, self.hold: 25, self.take_some: 8, self.end_hold: 18, self.get_back: 4, self.give: 4,
             self.spend_many: 4, self.get_granted: 4, self.lose: 1, self.buy: 3, self.get_money_back: 2, self.look: 2,
+            self.use: 12, self.end_use: 12, self.change_plan: 8,
         }  # fmt: skip
         while not stop.is_set():
             (thing,) = self.luck.choices([*things], [*things.values()])
             thing()
             time.sleep(self.luck.random() * 0.02)
-        while self._holds:
+        while self._holds or self._uses:
             self.end_hold()
+            self.end_use()
 
     def do(self, verb: str, **arguments: Any) -> list[Json]:
         """Call, perhaps a second time, and remember the answer. No rows if it was no."""
@@ -187,6 +193,47 @@ class Customer:
             elif how < 0.9:
                 self.do("release", **hold)
 
+    def use(self) -> None:
+        """Begin to use a capability; of a team's, as one of two members."""
+        key, units = self.key(), self.luck.randint(1, 3000)
+        more = {"member_id": self.luck.choice(["ann", "bob"])} if "team" in self.account else {}
+        ttl = self.luck.choice(["20 seconds", "15 minutes"])
+        if self.do("authorize_usage", account_id=self.account, capability="chapter", units=units, usage_id=key, ttl=ttl,
+                   **more):  # fmt: skip
+            self._uses.append((key, units))
+
+    def end_use(self) -> None:
+        """Say what was used, take longer, give it back, or forget it."""
+        if self._uses:
+            key, units = self._uses.pop(self.luck.randrange(len(self._uses)))
+            hold = {"account_id": self.account, "reservation_id": key}
+            if (how := self.luck.random()) < 0.1:
+                self.do("extend", **hold, ttl="5 minutes")
+            if how < 0.15:
+                self.do("capture", **hold, amount=Decimal(self.luck.randint(1, 9)) / 10, key=self.key())
+            if how < 0.7:
+                self.do("settle_usage", account_id=self.account, usage_id=key, units=self.luck.randint(0, units))
+            elif how < 0.9:
+                self.do("release", **hold)
+
+    def change_plan(self) -> None:
+        """Subscribe to something else, now or later; or nothing any more."""
+        team = "team" in self.account
+        if not team and "stripe" not in self.account:
+            return
+        at, plan = self.luck.choice(["now", "period_end"]), self.luck.choice(["free", "team"] if team else PLANS)
+        match self.luck.randrange(4 if team else 6):
+            case 0 | 1:
+                self.do("change_plan", account_id=self.account, plan=plan, at=at)
+            case 2:
+                self.do("cancel_plan", account_id=self.account, at=at)
+            case 3:
+                self.do("resume_plan", account_id=self.account)
+            case 4:
+                self.do("create_checkout", account_id=self.account, plan=plan, key=self.key(), **URLS)
+            case 5:
+                self.do("create_portal_session", account_id=self.account, return_url=URLS["cancel_url"], key=self.key())
+
     def get_back(self) -> None:
         """Get a part of what was spent again."""
         if self._spent:
@@ -210,7 +257,8 @@ class Customer:
         """Credits that start now or soon, and end soon or never."""
 
         def soon(least: int, most: int) -> str:
-            return datetime.fromtimestamp(self.clock.now() + self.luck.randint(least, most), UTC).isoformat()
+            span = self.luck.randint(least, most) * max(1, self.clock.speed / 60)
+            return datetime.fromtimestamp(self.clock.now() + span, UTC).isoformat()
 
         times = self.luck.choice([{}, {"effective_at": soon(20, 600)}, {"expires_at": soon(700, 1500)}])
         for row in self.do("grant_credits", account_id=self.account, amount=self.luck.randint(1, 100),
@@ -224,8 +272,10 @@ class Customer:
             self.do("revoke_grant", account_id=self.account, grant_id=grant, key=self.key())
 
     def buy(self) -> None:
-        """Ask for a page to pay at."""
-        package, quantity = self.luck.choice([*PACKAGES]), self.luck.randint(1, 2)
+        """Ask for a page to pay at. What is paid to an account that is erased meanwhile waits for a person."""
+        if "gone" in self.account:
+            return
+        package, quantity = self.luck.choice(["starter", "standard"]), self.luck.randint(1, 2)
         self.do("create_checkout", account_id=self.account, package=package, quantity=quantity, key=self.key(), **URLS)
 
     def get_money_back(self) -> None:
@@ -241,8 +291,8 @@ class Customer:
                     return
 
     def set_top_up(self) -> None:
-        """A starter package whenever less than 300 credits are left, but for 60 dollars a day at most."""
-        self.do("set_auto_topup", account_id=self.account, threshold=300, package="starter", monthly_cap=12000,
+        """A refill whenever less than 300 credits are left, but for 60 dollars a day at most."""
+        self.do("set_auto_topup", account_id=self.account, threshold=300, package="refill", monthly_cap=120000,
                 daily_cap=DAILY_CAP, cool_down="1 minute")  # fmt: skip
 
     def look(self) -> None:
