@@ -1,6 +1,39 @@
 -- Offers: what plans let their accounts use without a limit and at a simple price, worked out whenever the catalogue
 -- changes, and by each deploy (at the end of 44_access.sql, when all that they are made of is there). They only answer
--- check_access() sooner; authorize_usage() always goes the general way.
+-- check_access() and authorize_usage() sooner; what is not offered is found the general way.
+
+-- What a plan offers to a call of one number of units, or none. Part of the plan of whoever calls it.
+create or replace function credits._offered(
+  plan       text,
+  capability text,
+  quality    text,
+  model      text,
+  units      numeric
+)
+returns setof credits.offers
+language sql
+stable
+as $$
+  select o.*
+    from credits.offers o
+   where o.plan = _offered.plan and o.capability = _offered.capability
+     and o.asked_quality = coalesce(_offered.quality, '') and o.asked_model = coalesce(_offered.model, '')
+     and (_offered.quality = '' or _offered.model = '') is not true
+     and (o.flat is not null and _offered.units is null or credits._is_amount(_offered.units))
+     and o.valid_until > credits.now()
+$$;
+
+create or replace function credits._offered_amount(
+  offer credits.offers,
+  units numeric
+)
+returns numeric
+language sql
+immutable
+as $$
+  select coalesce((_offered_amount.offer).flat,
+                  trim_scale(round((_offered_amount.offer).unit_price * _offered_amount.units, 6)))
+$$;
 
 create or replace function credits._work_out_offers()
 returns void
