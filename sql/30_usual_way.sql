@@ -2,7 +2,7 @@
 -- found its place, where it stays while it is locked. Whatever else there is goes the general way, in 31_general_way.sql.
 -- Keeps: invariant 4 (held is the sum of the open reservations' slices).
 
--- Mostly the first grant can hold it all. If it cannot, or the reservation is known, nothing has happened, and the answer is null.
+-- Mostly the first grant can hold it all. If it cannot, or the id is known, nothing has happened, and the answer is null.
 create or replace function credits._hold(
   account_id     text,
   place          tid,

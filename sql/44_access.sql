@@ -21,7 +21,9 @@ declare
   v_result credits.access_result;
 begin
   -- Mostly one row of the account and one of the catalogue say it all; whatever else there is goes the general way.
-  select b.account_id, true, null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
+  select b.account_id, not exists (select from credits.plan_limits l
+                                    where l.plan = o.offered_by and (l.capability is null or l.capability = o.capability)),
+         null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
          trim_scale(b.balance - b.held), o.rate_id, null::jsonb, null::jsonb
     into v_result
     from credits.balances b
@@ -30,7 +32,12 @@ begin
    where b.account_id = check_access.account_id and b.status = 'active' and credits._is_plain(b)
      and check_access.member_id is null and check_access.unit_counts is null
      and b.balance - b.held >= x.amount;
-  if found then
+  if not v_result.allowed then
+    v_result.limits  := credits._room(v_result.account_id, v_result.plan, v_result.capability, check_access.units,
+                                      v_result.amount);
+    v_result.allowed := v_result.limits is not null;
+  end if;
+  if v_result.allowed then
     return v_result;
   end if;
 

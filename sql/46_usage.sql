@@ -36,6 +36,7 @@ declare
   v_below  numeric;
   v_place  tid;
   v_use    credits.use;
+  v_room   boolean := true;
   v_hold   credits.reserve_result;
 begin
   select b.plan, b.balance - b.held, b.topup_below, b.ctid
@@ -47,21 +48,29 @@ begin
      and extract(epoch from v_ttl) > 0 and extract(epoch from v_ttl) <= 900
      for no key update;
 
-  -- Mostly the plan offers it without a limit, at a simple price.
+  -- Mostly the plan offers it at a simple price, and its limits have room.
   if found then
     select authorize_usage.account_id, null, null, o.offered_by, o.capability, c.unit, o.quality, o.model, null,
            case when n.units is null then '{}' else jsonb_build_object(c.unit, n.units) end, coalesce(n.units, 0), o.rate_id,
-           a.amount, trim_scale(v_free - a.amount), null::jsonb, null, null::integer, null, null::jsonb
+           a.amount, trim_scale(v_free - a.amount),
+           case when exists (select from credits.plan_limits l
+                              where l.plan = o.offered_by and (l.capability is null or l.capability = o.capability))
+                then jsonb '[]' end, null, null::integer, null, null::jsonb
       into v_use
       from credits._offered(v_plan, authorize_usage.capability, authorize_usage.quality, authorize_usage.model,
                             authorize_usage.units) o
       join credits.capabilities c on c.code = o.capability,
            lateral credits._offered_amount(o, authorize_usage.units) a (amount),
            lateral trim_scale(authorize_usage.units) n (units)
-     where a.amount > 0 and coalesce(authorize_usage.rate_id, o.rate_id) = o.rate_id;
-    if found then
+     where coalesce(authorize_usage.rate_id, o.rate_id) = o.rate_id;
+    if v_use.limits is not null then
+      v_use.limits := credits._room(v_use.account_id, v_use.plan, v_use.capability, v_use.units, v_use.amount);
+      v_room       := v_use.limits is not null;
+    end if;
+    if v_use.amount > 0 and v_room then
       v_hold := credits._hold(authorize_usage.account_id, v_place, v_use.amount, v_use.available, v_use.available < v_below,
-        authorize_usage.usage_id, credits._exact(v_ttl), true, null, authorize_usage.subject, null, v_use.capability, authorize_usage.metadata);
+        authorize_usage.usage_id, credits._exact(v_ttl), true, null, authorize_usage.subject, null, v_use.capability,
+        authorize_usage.metadata);
       if v_hold.reservation_id is not null then
         return credits._open_usage(v_use, v_hold, v_print);
       end if;
