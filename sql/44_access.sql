@@ -33,8 +33,8 @@ begin
      and check_access.member_id is null and check_access.unit_counts is null
      and b.balance - b.held >= x.amount;
   if not v_result.allowed then
-    v_result.limits  := credits._room(v_result.account_id, v_result.plan, v_result.capability, check_access.units,
-                                      v_result.amount);
+    v_result.limits  := credits._room(v_result.account_id, v_result.plan, v_result.capability,
+                                      coalesce(check_access.units, 0), v_result.amount);
     v_result.allowed := v_result.limits is not null;
   end if;
   if v_result.allowed then

@@ -116,7 +116,7 @@ begin
       on w.account_id = _room.account_id and w.capability = coalesce(l.capability, '') and w.period = l.period,
          lateral (select case when w.window_start is distinct from p.since then 0 when l.measure = 'calls' then w.calls
                               when l.measure = 'units' then w.units else w.credits end as used,
-                         case l.measure when 'calls' then 1 when 'units' then coalesce(_room.units, 0) else _room.amount end as weight) u
+                         case l.measure when 'calls' then 1 when 'units' then _room.units else _room.amount end as weight) u
    where a.account_id = _room.account_id;
   return case when v_room then v_limits end;
 end $$;
