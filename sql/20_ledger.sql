@@ -1,5 +1,5 @@
--- The ledger: the chart of accounts, the entries and their chain of hashes. Entries are written by _post(), by spend()
--- and settle() in their usual case, by _spend_together() of 25_spend_many.sql for many requests at once, by
+-- The ledger: the chart of accounts, the entries and their chain of hashes. Entries are written by _post(), in the
+-- usual case by spend() and _charge_hold(), by _spend_together() of 25_spend_many.sql for many requests at once, by
 -- _expire_together() of 13_due_together.sql for many accounts, and by _book_import() of 16_import.sql.
 -- Keeps: invariants 1 to 3 and 6 (sums, numbers, identity of a lot, one use of a key). Lock order: see 10_accounts.sql.
 

@@ -16,34 +16,55 @@ declare
   v_into text[];
 begin
   with limited as (
-    select distinct coalesce(l.capability, '') as capability, l.period, l.rolling
+    select distinct coalesce(l.capability, '') as capability, l.period
       from credits.plan_limits l
-     where l.plan = v_use.plan and (l.capability is null or l.capability = v_use.capability)
+     where l.plan = v_use.plan and (l.capability is null or l.capability = v_use.capability) and not l.rolling
   ), counted as (
     insert into credits.usage_windows as w (account_id, capability, period, window_start, calls, units, credits)
-    select v_use.account_id, l.capability, l.period, credits._window(l.period, _count_use.at, v_use.time_zone), 1,
+    select a.account_id, l.capability, l.period, credits._window(l.period, _count_use.at, a.time_zone), 1,
            case when l.capability = '' then 0 else v_use.units end, v_use.amount
       from limited l
-     where not l.rolling
+      join credits.accounts a on a.account_id = v_use.account_id
     on conflict on constraint usage_windows_pkey do update
        set window_start = excluded.window_start,
            calls   = excluded.calls   + case when w.window_start = excluded.window_start then w.calls   else 0 end,
            units   = excluded.units   + case when w.window_start = excluded.window_start then w.units   else 0 end,
            credits = excluded.credits + case when w.window_start = excluded.window_start then w.credits else 0 end
      where w.window_start <= excluded.window_start
-  ), admitted as (
-    insert into credits.usage_admissions (account_id, capability, admitted_at, number)
-    select v_use.account_id, s.capability, greatest(_count_use.at, a.admitted_at), coalesce(a.number, 0) + 1
-      from (select distinct l.capability from limited l where l.rolling) s
-      left join lateral credits._last_admission(v_use.account_id, s.capability) a on true
   )
-  select coalesce(array_agg(distinct l.capability || '/' || case when l.rolling then 'rolling' else l.period end), '{}')
-    into v_into
+  select array_agg(l.capability || '/' || l.period) into v_into
     from limited l;
-  if v_into && array['/rolling', v_use.capability || '/rolling'] then
-    perform credits._forget_admissions(v_use.account_id, s.capability, _count_use.at)
-       from (values (''), (v_use.capability)) s (capability);
+  if v_use.limits @> '[{"rolling": true}]' then
+    v_into := v_into || credits._admit(v_use, _count_use.at);
   end if;
+  return v_into;
+end $$;
+
+-- The same in rolling windows.
+create or replace function credits._admit(
+  use credits.use,
+  at  timestamptz
+)
+returns text[]
+language plpgsql
+as $$
+declare
+  v_use        credits.use := _admit.use;
+  v_capability text;
+  v_into       text[];
+begin
+  for v_capability in
+    select distinct coalesce(l.capability, '')
+      from credits.plan_limits l
+     where l.plan = v_use.plan and (l.capability is null or l.capability = v_use.capability) and l.rolling
+  loop
+    insert into credits.usage_admissions (account_id, capability, admitted_at, number)
+    select v_use.account_id, v_capability, greatest(_admit.at, a.admitted_at), coalesce(a.number, 0) + 1
+      from (select) one
+      left join lateral credits._last_admission(v_use.account_id, v_capability) a on true;
+    perform credits._forget_admissions(v_use.account_id, v_capability, _admit.at);
+    v_into := v_into || (v_capability || '/rolling');
+  end loop;
   return v_into;
 end $$;
 

@@ -25,8 +25,6 @@ declare
   v_free   numeric;
   v_below  numeric;
   v_place  tid;
-  v_grants bigint[];
-  v_at     timestamptz;
   v_result credits.reserve_result;
 begin
   select trim_scale(reserve.amount), trim_scale(b.balance - b.held - reserve.amount), b.topup_below, b.ctid
@@ -37,31 +35,11 @@ begin
      and reserve.min_amount is null and extract(epoch from v_ttl) > 0 and extract(epoch from v_ttl) <= 900
      for no key update;
 
-  -- Mostly the first grant can hold it all. If it cannot, or the reservation is known, nothing has happened yet. What
-  -- listed members use is counted, and goes the general way.
+  -- What listed members use is counted, and goes the general way.
   if found and (reserve.member_id is null or not credits._is_listed(reserve.account_id, reserve.member_id)) then
-    update credits.grants g
-       set remaining = g.remaining - v_amount, held = g.held + v_amount
-     where g.account_id = reserve.account_id
-       and g.ctid = (select p.place from credits._payers(reserve.account_id, reserve.capability) p limit 1)
-       and g.remaining >= v_amount
-       and not exists (select from credits.reservations r
-                        where r.account_id = reserve.account_id and r.reservation_id = reserve.reservation_id)
-    returning array[g.grant_id], credits.now() into v_grants, v_at;
-    if found then
-      update credits.balances b
-         set held = b.held + v_amount, next_due_at = least(b.next_due_at, v_at + v_ttl)
-       where b.account_id = reserve.account_id and b.ctid = v_place;
-      insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl,
-        created_at, expires_at, grant_ids, grant_amounts, description, subject, member_id, capability, metadata)
-      values (reserve.account_id, reserve.reservation_id, v_amount, v_amount, v_free, v_ttl, v_at, v_at + v_ttl,
-        v_grants, array[v_amount], reserve.description, reserve.subject, reserve.member_id, reserve.capability,
-        coalesce(reserve.metadata, '{}'))
-      returning r.reservation_id, r.account_id, r.amount, r.expires_at, r.available_after, false
-        into v_result;
-      if v_free < v_below then
-        perform credits._after_debit(reserve.account_id);
-      end if;
+    v_result := credits._hold(reserve.account_id, v_place, v_amount, v_free, v_free < v_below, reserve.reservation_id, v_ttl,
+      false, reserve.description, reserve.subject, reserve.member_id, reserve.capability, reserve.metadata);
+    if v_result.reservation_id is not null then
       return v_result;
     end if;
   end if;
@@ -144,12 +122,7 @@ as $$
 declare
   v_amount  numeric;
   v_balance numeric;
-  v_free    numeric;
   v_place   tid;
-  v_hold    record;
-  v_at      timestamptz;
-  v_seq     bigint;
-  v_head    bytea;
   v_result  credits.settle_result;
 begin
   select trim_scale(settle.amount), trim_scale(b.balance - settle.amount), b.ctid
@@ -160,48 +133,10 @@ begin
      and credits._is_request(settle.amount, settle.reservation_id, settle.metadata)
      and coalesce(settle.on_overage, 'cap') in ('cap', 'overflow', 'reject')
      for no key update;
-
-  -- Mostly one grant was pinned, it goes on, the hold suffices, and nobody counts it. If not, v_hold is null or its grant is
-  -- not found, and nothing has happened yet.
   if found then
-    select r.ctid as place, r.grant_ids, r.grant_amounts[1] as held, trim_scale(r.grant_amounts[1] - v_amount) as rest,
-           r.subject, r.member_id, r.capability, r.description, coalesce(settle.metadata, r.metadata) as metadata,
-           jsonb_build_object('settle', credits._fingerprint(jsonb_build_object(
-             'amount', v_amount, 'on_overage', coalesce(settle.on_overage, 'cap')), settle.metadata)) as request
-      into v_hold
-      from credits.reservations r
-     where r.account_id = settle.account_id and r.reservation_id = settle.reservation_id and r.status = 'open'
-       and not r.counted and cardinality(r.grant_ids) = 1 and r.grant_amounts[1] >= v_amount;
-    update credits.grants g
-       set held = g.held - v_hold.held, consumed = g.consumed + v_amount, remaining = g.remaining + v_hold.rest
-     where g.account_id = settle.account_id and g.grant_id = v_hold.grant_ids[1] and g.status = 'active'
-       and g.remaining + v_hold.rest > 0
-    returning credits.now() into v_at;
-    if found then
-      update credits.balances b
-         set balance   = v_balance,
-             held      = b.held - v_hold.held,
-             entry_seq = b.entry_seq + 1,
-             hash      = credits._entry_hash(b.hash, row(
-                           b.entry_seq + 1, v_at, null, 'settle', 'settle', settle.reservation_id, -v_amount, 0,
-                           v_balance, trim_scale(v_balance - b.held + v_hold.held), v_hold.grant_ids, array[v_amount],
-                           null, settle.reservation_id, null, null, null, null, null, null, null)::credits.entries)
-       where b.account_id = settle.account_id and b.ctid = v_place
-      returning b.entry_seq, trim_scale(b.balance - b.held), b.hash into v_seq, v_free, v_head;
-      insert into credits.entries as e (entry_seq, created_at, account_id, kind, operation, key, amount, balance_after,
-        available_after, grant_ids, grant_amounts, hash, reservation_id, subject, member_id, capability, description,
-        fingerprint, metadata)
-      values (v_seq, v_at, settle.account_id, 'settle', 'settle', settle.reservation_id, -v_amount, v_balance, v_free,
-        v_hold.grant_ids, array[v_amount], v_head, settle.reservation_id, v_hold.subject, v_hold.member_id,
-        v_hold.capability, v_hold.description, v_hold.request, v_hold.metadata);
-      update credits.reservations r
-         set status = 'settled', closed_at = v_at, actual = v_amount, charged = v_amount, uncollected = 0,
-             settle_seq = v_seq, grant_ids = '{}', grant_amounts = '{}',
-             closing = jsonb_build_object('request', v_hold.request, 'balance', v_balance, 'available', v_free)
-       where r.account_id = settle.account_id and r.ctid = v_hold.place
-      returning r.reservation_id, r.account_id, r.status, r.actual, r.charged, r.uncollected, v_hold.rest, r.late,
-                r.settle_seq, v_balance, v_free, false
-        into v_result;
+    v_result := credits._charge_hold(settle.account_id, v_place, v_amount, v_balance, settle.reservation_id, settle.on_overage,
+                                     false, settle.metadata);
+    if v_result.reservation_id is not null then
       return v_result;
     end if;
   end if;

@@ -1,5 +1,5 @@
 -- reserve() and settle() in the general way: whatever the account and the call are like. The usual case is in
--- 30_reservations.sql. Called from there and from 46_usage.sql; the lock is taken here.
+-- 30_usual_way.sql. Called from 30_reservations.sql and from 46_usage_general.sql; the lock is taken here.
 
 drop function if exists credits._settle(credits.balances, credits.reservations, numeric, text, jsonb, jsonb);
 create or replace function credits._settle(

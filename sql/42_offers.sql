@@ -1,6 +1,42 @@
--- Offers: what plans let their accounts use without a limit and at a simple price, worked out whenever the catalogue
--- changes, and by each deploy (at the end of 44_access.sql, when all that they are made of is there). They only answer
--- check_access() sooner; authorize_usage() always goes the general way.
+-- Offers: what plans let their accounts use at a simple price, worked out whenever the catalogue changes, and by each deploy (at
+-- the end of 44_access.sql, when all that they are made of is there). They only answer check_access() and authorize_usage()
+-- sooner; what is not offered is found the general way.
+
+comment on table credits.offers is
+'What plans offer at a simple price, worked out of the catalogue by _work_out_offers(). A shortcut of check_access() and authorize_usage(), which ask for limits themselves: what is not here is found the general way.';
+
+-- What a plan offers to a call of one number of units, or none. Part of the plan of whoever calls it.
+create or replace function credits._offered(
+  plan       text,
+  capability text,
+  quality    text,
+  model      text,
+  units      numeric
+)
+returns setof credits.offers
+language sql
+stable
+as $$
+  select o.*
+    from credits.offers o
+   where o.plan = _offered.plan and o.capability = _offered.capability
+     and o.asked_quality = coalesce(_offered.quality, '') and o.asked_model = coalesce(_offered.model, '')
+     and (_offered.quality = '' or _offered.model = '') is not true
+     and (o.flat is not null and _offered.units is null or credits._is_amount(_offered.units))
+     and o.valid_until > credits.now()
+$$;
+
+create or replace function credits._offered_amount(
+  offer credits.offers,
+  units numeric
+)
+returns numeric
+language sql
+immutable
+as $$
+  select coalesce((_offered_amount.offer).flat,
+                  trim_scale(round((_offered_amount.offer).unit_price * _offered_amount.units, 6)))
+$$;
 
 create or replace function credits._work_out_offers()
 returns void
@@ -34,7 +70,7 @@ begin
      where x.plan is not null and num_nonnulls(s.flat, s.unit_price) = 1;
 end $$;
 
--- What can be asked of a plan: each capability without limits, with or without each quality and model that it has.
+-- What can be asked of a plan: each capability, with or without each quality and model that it has.
 create or replace function credits._askable()
 returns setof credits.askable
 language sql
@@ -47,8 +83,6 @@ as $$
          lateral (values (''), (q.quality)) a (quality),
          lateral (values (''), (q.model)) b (model)
    where a.quality is not null and b.model is not null
-     and not exists (select from credits.plan_limits l
-                      where l.plan = p.plan and (l.capability = p.capability or l.capability is null))
 $$;
 
 -- Until when a rate is the one in force: until it leaves the catalogue, or another one for the same comes.

@@ -21,20 +21,23 @@ declare
   v_result credits.access_result;
 begin
   -- Mostly one row of the account and one of the catalogue say it all; whatever else there is goes the general way.
-  select b.account_id, true, null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
+  select b.account_id, not exists (select from credits.plan_limits l
+                                    where l.plan = o.offered_by and (l.capability is null or l.capability = o.capability)),
+         null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
          trim_scale(b.balance - b.held), o.rate_id, null::jsonb, null::jsonb
     into v_result
     from credits.balances b
-    join credits.offers o
-      on o.plan = b.plan and o.capability = check_access.capability
-     and o.asked_quality = coalesce(check_access.quality, '') and o.asked_model = coalesce(check_access.model, ''),
-         lateral (select coalesce(o.flat, trim_scale(round(o.unit_price * check_access.units, 6))) as amount) x
+   cross join credits._offered(b.plan, check_access.capability, check_access.quality, check_access.model, check_access.units) o,
+         lateral credits._offered_amount(o, check_access.units) x (amount)
    where b.account_id = check_access.account_id and b.status = 'active' and credits._is_plain(b)
-     and o.valid_until > credits.now() and check_access.member_id is null and check_access.unit_counts is null
-     and (o.flat is not null and check_access.units is null or credits._is_amount(check_access.units))
-     and (check_access.quality = '' or check_access.model = '') is not true
+     and check_access.member_id is null and check_access.unit_counts is null
      and b.balance - b.held >= x.amount;
-  if found then
+  if not v_result.allowed then
+    v_result.limits  := credits._room(v_result.account_id, v_result.plan, v_result.capability,
+                                      coalesce(check_access.units, 0), v_result.amount);
+    v_result.allowed := v_result.limits is not null;
+  end if;
+  if v_result.allowed then
     return v_result;
   end if;
 

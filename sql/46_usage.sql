@@ -1,5 +1,6 @@
 -- Uses of capabilities: authorize_usage admits, prices and holds in one transaction, settle_usage charges what was really
--- used. The hold is the reservation of the same id, so release(), extend() and capture() work on it too.
+-- used. The hold is the reservation of the same id, so release(), extend() and capture() work on it too. Here is the usual
+-- case; whatever else there is goes the general way, in 46_usage_general.sql.
 -- Keeps: a use is priced by the rate that it pinned, and counted once in each window that limits it. Lock order: see
 -- 10_accounts.sql, then usages, usage_windows, usage_admissions.
 
@@ -23,40 +24,62 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_print   jsonb := credits._fingerprint(jsonb_build_object(
-                       'capability', authorize_usage.capability, 'units', authorize_usage.units,
-                       'unit_counts', authorize_usage.unit_counts, 'quality', authorize_usage.quality,
-                       'model', authorize_usage.model, 'ttl', credits._interval_text(authorize_usage.ttl),
-                       'subject', authorize_usage.subject,
-                       'member_id', authorize_usage.member_id, 'rate_id', authorize_usage.rate_id), authorize_usage.metadata);
-  v_request credits.use_request := row(authorize_usage.capability, authorize_usage.units, authorize_usage.unit_counts,
-                       authorize_usage.quality, authorize_usage.model, authorize_usage.member_id, authorize_usage.rate_id);
-  v_balance credits.balances;
-  v_usage   credits.usages;
-  v_use     credits.use;
-  v_hold    credits.reserve_result;
+  v_ttl    interval := coalesce(authorize_usage.ttl, '15 minutes');
+  v_print  jsonb := credits._fingerprint(jsonb_build_object(
+                      'capability', authorize_usage.capability, 'units', authorize_usage.units,
+                      'unit_counts', authorize_usage.unit_counts, 'quality', authorize_usage.quality,
+                      'model', authorize_usage.model, 'ttl', credits._interval_text(authorize_usage.ttl),
+                      'subject', authorize_usage.subject,
+                      'member_id', authorize_usage.member_id, 'rate_id', authorize_usage.rate_id), authorize_usage.metadata);
+  v_plan   text;
+  v_free   numeric;
+  v_below  numeric;
+  v_place  tid;
+  v_use    credits.use;
+  v_room   boolean := true;
+  v_hold   credits.reserve_result;
 begin
-  perform credits._check_key(authorize_usage.usage_id, 'usage_id');
-  v_balance := credits._lock_account(authorize_usage.account_id);
-  v_usage   := credits._usage(authorize_usage.account_id, authorize_usage.usage_id);
-  if v_usage.usage_id is not null then
-    perform credits._check_same(v_usage.fingerprint, v_print, 'authorize_usage', authorize_usage.usage_id);
-    return credits._replayed(v_usage);
-  end if;
+  select b.plan, b.balance - b.held, b.topup_below, b.ctid
+    into v_plan, v_free, v_below, v_place
+    from credits.balances b
+   where b.account_id = authorize_usage.account_id and b.status = 'active' and credits._is_plain(b)
+     and credits._is_request(coalesce(authorize_usage.units, 1), authorize_usage.usage_id, authorize_usage.metadata)
+     and authorize_usage.member_id is null and authorize_usage.unit_counts is null
+     and extract(epoch from v_ttl) > 0 and extract(epoch from v_ttl) <= 900
+     for no key update;
 
-  v_use := credits._decide(v_balance, v_request, authorize_usage.account_id);
-  if v_use.gate is not null then
-    perform credits._fail(v_use.status, v_use.code, v_use.detail, credits._gate_hint(v_use.gate, v_use.detail));
+  -- Mostly the plan offers it at a simple price, and its limits have room.
+  if found then
+    select authorize_usage.account_id, null, null, o.offered_by, o.capability, c.unit, o.quality, o.model, null,
+           case when n.units is null then '{}' else jsonb_build_object(c.unit, n.units) end, coalesce(n.units, 0), o.rate_id,
+           a.amount, trim_scale(v_free - a.amount),
+           case when exists (select from credits.plan_limits l
+                              where l.plan = o.offered_by and (l.capability is null or l.capability = o.capability))
+                then jsonb '[]' end, null, null::integer, null, null::jsonb
+      into v_use
+      from credits._offered(v_plan, authorize_usage.capability, authorize_usage.quality, authorize_usage.model,
+                            authorize_usage.units) o
+      join credits.capabilities c on c.code = o.capability,
+           lateral credits._offered_amount(o, authorize_usage.units) a (amount),
+           lateral trim_scale(authorize_usage.units) n (units)
+     where coalesce(authorize_usage.rate_id, o.rate_id) = o.rate_id;
+    if v_use.limits is not null then
+      v_use.limits := credits._room(v_use.account_id, v_use.plan, v_use.capability, v_use.units, v_use.amount);
+      v_room       := v_use.limits is not null;
+    end if;
+    if v_use.amount > 0 and v_room then
+      v_hold := credits._hold(authorize_usage.account_id, v_place, v_use.amount, v_use.available, v_use.available < v_below,
+        authorize_usage.usage_id, credits._exact(v_ttl), true, null, authorize_usage.subject, null, v_use.capability,
+        authorize_usage.metadata);
+      if v_hold.reservation_id is not null then
+        return credits._open_usage(v_use, v_hold, v_print);
+      end if;
+    end if;
   end if;
-  v_hold := credits._reserve(authorize_usage.account_id, v_use.amount, authorize_usage.usage_id,
-    coalesce(authorize_usage.ttl, '15 minutes'), null, null, authorize_usage.subject, authorize_usage.member_id,
-    v_use.capability, authorize_usage.metadata, usage => true);
-  if v_hold.replayed then
-    perform credits._fail(409, 'idempotency_conflict',
-      jsonb_build_object('operation', 'reserve', 'key', authorize_usage.usage_id),
-      'reserve() has made a reservation of this id. A new use takes a new one.');
-  end if;
-  return credits._open_usage(v_use, v_hold, v_print);
+  return credits._authorize_usage(authorize_usage.account_id, authorize_usage.usage_id,
+    row(authorize_usage.capability, authorize_usage.units, authorize_usage.unit_counts, authorize_usage.quality,
+        authorize_usage.model, authorize_usage.member_id, authorize_usage.rate_id)::credits.use_request,
+    v_ttl, authorize_usage.subject, authorize_usage.metadata, v_print);
 end $$;
 comment on function credits.authorize_usage(text, text, numeric, text, text, interval, text, text, text, jsonb, bigint, jsonb) is
 'Admits a use of a capability, or refuses it: access, limits, choice of model, price and hold, in one transaction.
@@ -85,31 +108,54 @@ security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  v_print  jsonb := credits._fingerprint(jsonb_build_object(
-                      'units', settle_usage.units, 'unit_counts', settle_usage.unit_counts,
-                      'on_overage', credits._check_overage(settle_usage.on_overage)), settle_usage.metadata);
-  v_usage  credits.usages;
-  v_hold   credits.reservations;
-  v_priced credits.priced;
+  v_print   jsonb := credits._fingerprint(jsonb_build_object(
+                       'units', settle_usage.units, 'unit_counts', settle_usage.unit_counts,
+                       'on_overage', credits._check_overage(settle_usage.on_overage)), settle_usage.metadata);
+  v_balance numeric;
+  v_alert   numeric;
+  v_place   tid;
+  v_found   record;
+  v_usage   credits.usages;
+  v_priced  credits.priced;
+  v_settled credits.settle_result;
 begin
-  perform credits._lock_account(settle_usage.account_id);
-  v_usage := credits._usage(settle_usage.account_id, settle_usage.usage_id);
-  if v_usage.usage_id is null then
-    perform credits._check_key(settle_usage.usage_id, 'usage_id');
-    perform credits._fail(404, 'usage_not_found', jsonb_build_object('usage_id', settle_usage.usage_id));
-  elsif v_usage.closing is not null then
-    perform credits._check_same(v_usage.closing -> 'request', v_print, 'settle_usage', settle_usage.usage_id);
-    return jsonb_populate_record(null::credits.settle_usage_result, v_usage.closing -> 'result' || '{"replayed": true}');
-  end if;
+  select b.balance, case when not b.is_low then b.low_at end, b.ctid
+    into v_balance, v_alert, v_place
+    from credits.balances b
+   where b.account_id = settle_usage.account_id and credits._is_plain(b)
+     and credits._is_request(coalesce(settle_usage.units, 1), settle_usage.usage_id, settle_usage.metadata)
+     and settle_usage.unit_counts is null
+     for no key update;
 
-  v_hold := credits._reservation(settle_usage.account_id, settle_usage.usage_id);
-  if v_hold.status in ('settled', 'released') then
-    perform credits._fail_closed(v_hold);
+  -- Mostly the price has one line, so that there is no doubt what its units are.
+  if found then
+    select u as usage, r.price into v_found
+      from credits.usages u
+      join credits.rates r on r.rate_id = u.rate_id
+     where u.account_id = settle_usage.account_id and u.usage_id = settle_usage.usage_id and u.status = 'open'
+       and (settle_usage.units is null or jsonb_array_length(r.price -> 'lines') = 1);
+    if found then
+      v_usage := v_found.usage;
+      if settle_usage.units is not null then
+        v_usage.units  := trim_scale(settle_usage.units);
+        v_usage.counts := jsonb_build_object(v_found.price #>> '{lines,0,unit}', v_usage.units);
+      end if;
+      v_priced := credits._price(v_found.price, v_usage.counts, v_usage.quality, v_usage.model);
+      if v_priced.amount > 0 and (v_balance - v_priced.amount < v_alert) is not true then
+        v_settled := credits._charge_hold(settle_usage.account_id, v_place, v_priced.amount,
+          trim_scale(v_balance - v_priced.amount), settle_usage.usage_id, settle_usage.on_overage, true, settle_usage.metadata);
+      end if;
+      if v_settled.reservation_id is not null then
+        if v_usage.counted_in <> '{}' then
+          perform credits._correct_windows(v_usage, 0, v_usage.units - v_usage.counted_units,
+                                           v_priced.amount - v_usage.counted_credits);
+        end if;
+        return credits._close_settled(v_usage, v_priced, v_print, 0, v_settled);
+      end if;
+    end if;
   end if;
-  v_usage  := credits._announce(v_usage, settle_usage.units, settle_usage.unit_counts);
-  v_priced := credits._price((credits._rate_of(v_usage.rate_id)).price, v_usage.counts, v_usage.quality, v_usage.model);
-  return credits._close_settled(v_usage, v_priced, v_print, credits._settle(settle_usage.account_id, settle_usage.usage_id,
-    greatest(v_priced.amount - v_hold.captured, 0), settle_usage.on_overage, settle_usage.metadata), v_hold.captured);
+  return credits._settle_usage(settle_usage.account_id, settle_usage.usage_id, settle_usage.units, settle_usage.on_overage,
+                               settle_usage.unit_counts, settle_usage.metadata, v_print);
 end $$;
 comment on function credits.settle_usage(text, text, numeric, text, jsonb, jsonb) is
 'Charges what was really used, at the rate that authorize_usage pinned, and returns the rest of the hold.
@@ -121,171 +167,3 @@ done. explanation says how the price comes about. The same call again answers wi
 charge nothing, release(account_id, usage_id): that gives the call back to the rate limits too.
 Errors: 400 invalid_request, 402 insufficient_credits, 404 account_not_found, usage_not_found, 409 idempotency_conflict,
 reservation_closed, 422 invalid_amount.';
-
--- Helpers -------------------------------------------------------------------------------------------------------------
-
-create or replace function credits._usage(
-  account_id text,
-  usage_id   text
-)
-returns credits.usages
-language plpgsql
-stable
-as $$
-declare
-  v_usage credits.usages;
-begin
-  select u.* into v_usage
-    from credits.usages u
-   where u.account_id = _usage.account_id and u.usage_id = _usage.usage_id;
-  return v_usage;
-end $$;
-
-create or replace function credits._replayed(usage credits.usages)
-returns credits.usage_result
-language sql
-stable
-as $$
-  select jsonb_populate_record(null::credits.usage_result, (_replayed.usage).result || '{"replayed": true}')
-$$;
-
-drop function if exists credits._gate_hint(text);
-create or replace function credits._gate_hint(
-  gate   text,
-  detail jsonb
-)
-returns text
-language sql
-immutable
-as $$
-  select case case when (_gate_hint.detail ->> 'required')::numeric > (_gate_hint.detail ->> 'limit')::numeric
-                   then 'never' else _gate_hint.gate end
-           when 'never'        then 'The limit in detail.limit is less than this use takes, so that waiting does not help.'
-           when 'account'      then 'The account may not use credits in this status.'
-           when 'subscription' then 'The subscription allows no use in this state.'
-           when 'plan'         then 'One of the plans in detail.plans includes it.'
-           when 'quality'      then 'The plan has the qualities in detail.qualities.'
-           when 'model'        then 'The plan has the models in detail.models.'
-           when 'member'       then 'Only members of the organisation may use its credits: see set_member.'
-           when 'rate_limit'   then 'Try again at detail.resets_at.'
-           when 'monthly_cap'  then 'The plan allows no more until detail.resets_at.'
-           when 'member_limit' then 'The member has no more until detail.resets_at, unless the limit is raised.'
-           when 'balance'      then 'Top up, or use less.'
-         end
-$$;
-
--- Books the admission: counted, and kept with the answer for whoever asks again.
-create or replace function credits._open_usage(
-  use         credits.use,
-  hold        credits.reserve_result,
-  fingerprint jsonb
-)
-returns credits.usage_result
-language plpgsql
-as $$
-declare
-  v_use    credits.use := _open_usage.use;
-  v_now    timestamptz := credits.now();
-  v_result credits.usage_result := row((_open_usage.hold).reservation_id, v_use.account_id, 'open', v_use.capability,
-             v_use.quality, v_use.model, v_use.amount, v_use.rate_id, (_open_usage.hold).expires_at,
-             credits._available(credits._balance(v_use.account_id), v_use.capability, v_now), false);
-begin
-  insert into credits.usages (authorized_at, account_id, usage_id, capability, quality, model, plan, rate_id, counts, units,
-    amount, counted_in, counted_units, counted_credits, fingerprint, result)
-  values (v_now, v_use.account_id, v_result.usage_id, v_use.capability, v_use.quality, v_use.model, v_use.plan, v_use.rate_id,
-    v_use.counts, v_use.units, v_use.amount,
-    case when v_use.limits is null then '{}' else credits._count_use(v_use, v_now) end, v_use.units, v_use.amount,
-    _open_usage.fingerprint, to_jsonb(v_result));
-  return v_result;
-end $$;
-
--- What was really used takes the place of what was announced.
-create or replace function credits._announce(
-  usage       credits.usages,
-  units       numeric,
-  unit_counts jsonb
-)
-returns credits.usages
-language plpgsql
-as $$
-declare
-  v_usage  credits.usages := _announce.usage;
-  v_price  jsonb;
-  v_unit   text;
-  v_counts jsonb;
-begin
-  if num_nonnulls(_announce.units, _announce.unit_counts) = 0 then
-    return v_usage;
-  end if;
-  v_price := (credits._rate_of(v_usage.rate_id)).price;
-  select c.unit into v_unit from credits.capabilities c where c.code = v_usage.capability;
-  if not credits._knows_unit(v_price, v_unit) then  -- the catalogue has another unit since
-    v_unit := (select min(k) from jsonb_object_keys(nullif(v_usage.counts, '{}')) k having count(*) = 1);
-    v_unit := coalesce(v_unit, (credits._units_of(v_price -> 'lines'))[1]);
-  end if;
-  v_counts := credits._check_counts(v_price, credits._counts(v_unit, _announce.units, _announce.unit_counts));
-  update credits.usages u
-     set counts = v_counts,
-         units  = coalesce((v_counts ->> v_unit)::numeric, 0)
-   where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id
-  returning u.* into v_usage;
-  return v_usage;
-end $$;
-
-create or replace function credits._close_settled(
-  usage    credits.usages,
-  priced   credits.priced,
-  request  jsonb,
-  settled  credits.settle_result,
-  captured numeric
-)
-returns credits.settle_usage_result
-language plpgsql
-as $$
-declare
-  v_usage   credits.usages := _close_settled.usage;
-  v_settled credits.settle_result := _close_settled.settled;
-  v_result  credits.settle_usage_result := row(v_usage.usage_id, v_usage.account_id, v_settled.status, v_usage.capability,
-              v_usage.quality, v_usage.model, v_usage.units, v_usage.counts,
-              trim_scale(v_settled.actual + _close_settled.captured),
-              trim_scale(v_settled.charged + _close_settled.captured), v_settled.uncollected, v_settled.released, v_settled.late,
-              v_usage.rate_id, (_close_settled.priced).explanation, v_settled.entry_seq, v_settled.balance,
-              v_settled.available, false);
-begin
-  update credits.usages u
-     set closing = jsonb_build_object('request', _close_settled.request, 'result', to_jsonb(v_result))
-   where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id;
-  return v_result;
-end $$;
-
--- The end of a hold that a usage counts, whoever ended it. What was released has not taken place; what ran out may have, so
--- the call stays counted and its credits are given back, until a late settle says how many it took.
-create or replace function credits._close_usage(
-  hold    credits.reservations,
-  status  text,
-  charged numeric
-)
-returns void
-language plpgsql
-as $$
-declare
-  v_usage   credits.usages := credits._usage((_close_usage.hold).account_id, (_close_usage.hold).reservation_id);
-  v_settled boolean := _close_usage.status = 'settled';
-  v_units   numeric := case when v_settled or (_close_usage.hold).captured > 0 then v_usage.units else 0 end;
-  v_credits numeric := (_close_usage.hold).captured + coalesce(_close_usage.charged, 0);
-  v_unused  boolean := _close_usage.status = 'released' and (_close_usage.hold).captured = 0;
-begin
-  if v_usage.usage_id is null then
-    return;
-  end if;
-  perform credits._correct_windows(v_usage, case when v_unused then -1 else 0 end, v_units - v_usage.counted_units,
-                                   v_credits - v_usage.counted_credits);
-  if v_unused then
-    perform credits._unadmit(v_usage.account_id, left(n.name, -length('/rolling')), v_usage.authorized_at)
-       from unnest(v_usage.counted_in) n (name)
-      where n.name like '%/rolling';
-  end if;
-  update credits.usages u
-     set status = _close_usage.status, closed_at = credits.now(), counted_units = v_units, counted_credits = v_credits
-   where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id;
-end $$;
