@@ -1,0 +1,9 @@
+set local role credits_owner;
+alter type credits.use drop attribute price;
+delete from credits.offers;
+alter table credits.offers
+  drop constraint offers_have_one_simple_price_at_most,
+  drop column price,
+  drop column unit,
+  drop column limited,
+  add constraint offers_have_one_simple_price check (num_nonnulls(flat, unit_price) = 1);
