@@ -1,5 +1,6 @@
 set local role credits_owner;
-alter type credits.use drop attribute price;
+alter type credits.use drop attribute windows, drop attribute price;
+drop type credits.limit_asked, credits.use_window;
 delete from credits.offers;
 alter table credits.offers
   drop constraint offers_have_one_simple_price_at_most,

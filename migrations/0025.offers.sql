@@ -1,4 +1,5 @@
--- Offers of any price, with all that a use of one asks of the catalogue. They are worked out anew by each deploy.
+-- Offers of any price, with all that a use of one asks of the catalogue; they are worked out anew by each deploy. A use knows its
+-- price, and the windows that it is to be counted in.
 set local role credits_owner;
 
 delete from credits.offers;
@@ -12,4 +13,9 @@ comment on column credits.offers.limited is 'Whether the plan limits it, or all 
 comment on column credits.offers.unit is 'What the units of a call are; null if the price counts no such.';
 comment on column credits.offers.price is 'That of the rate. flat or unit_price says the same sooner, where it is that simple.';
 
-alter type credits.use add attribute price jsonb;
+create type credits.use_window as (capability text, period text, window_start timestamptz);
+create type credits.limit_asked as (
+  capability text, measure text, period text, maximum numeric, time_zone text, since timestamptz, used numeric, has_room boolean);
+alter type credits.use
+  add attribute price   jsonb,
+  add attribute windows credits.use_window[];

@@ -53,7 +53,7 @@ create or replace function credits._price_offered(
 )
 returns credits.use
 language plpgsql
-immutable
+stable
 as $$
 declare
   v_use credits.use := _price_offered.use;
@@ -77,7 +77,7 @@ create or replace function credits._plain_counts(
 )
 returns jsonb
 language plpgsql
-immutable
+stable
 as $$
 begin
   if jsonb_typeof(_plain_counts.unit_counts) <> 'object' then

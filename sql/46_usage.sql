@@ -36,7 +36,6 @@ declare
   v_below  numeric;
   v_place  tid;
   v_use    credits.use;
-  v_room   boolean := true;
   v_hold   credits.reserve_result;
 begin
   select b.plan, b.balance - b.held, b.topup_below, b.ctid
@@ -53,7 +52,7 @@ begin
     select authorize_usage.account_id, null, null, o.offered_by, o.capability, o.unit, o.quality, o.model, null,
            case when n.units is null then '{}' else jsonb_build_object(o.unit, n.units) end, coalesce(n.units, 0), o.rate_id,
            a.amount, trim_scale(v_free - coalesce(a.amount, 0)), case when o.limited then jsonb '[]' end,
-           null, null::integer, null, null::jsonb, o.price
+           null, null::integer, null, null::jsonb, o.price, null::credits.use_window[]
       into v_use
       from credits._offered(v_plan, authorize_usage.capability, authorize_usage.quality, authorize_usage.model,
                             authorize_usage.units, authorize_usage.unit_counts) o,
@@ -64,10 +63,9 @@ begin
       v_use := credits._price_offered(v_use, authorize_usage.unit_counts);
     end if;
     if v_use.amount > 0 and v_use.limits is not null then
-      v_use.limits := credits._room(v_use.account_id, v_use.plan, v_use.capability, v_use.units, v_use.amount);
-      v_room       := v_use.limits is not null;
+      v_use.windows := credits._windows_with_room(v_use, credits.now());
     end if;
-    if v_use.amount > 0 and v_room then
+    if v_use.amount > 0 and (v_use.limits is null or v_use.windows is not null) then
       v_hold := credits._hold(authorize_usage.account_id, v_place, v_use.amount, v_use.available, v_use.available < v_below,
         authorize_usage.usage_id, credits._exact(v_ttl), true, null, authorize_usage.subject, null, v_use.capability,
         authorize_usage.metadata);

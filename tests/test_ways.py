@@ -96,13 +96,15 @@ PRICES: dict[str, Any] = {
     "song": 3,
     "image": {"credits": 1, "block": 10},
     "chat": {"lines": [{"unit": "tokens", "credits": 0.1}, {"unit": "answers", "credits": 1}]},
+    "talk": {"lines": [{"flat": 1}, {"unit": "seconds", "credits": 0.5}], "minimum": 4},
+    "film": {"tiers": [{"up_to": 15, "credits": 0.2}, {"credits": 0.1, "flat": 1}], "mode": "graduated", "maximum": 20},
     "free": 0,
 }
 
 
 def catalogue(more: float) -> dict[str, Any]:
     """Prices of all kinds; words are limited, songs in a rolling window, and the small plan as a whole."""
-    limits = {"words": LIMITS, "song": [{"calls": 2, "per": "hour", "rolling": True}]}
+    limits = {"words": LIMITS, "chat": LIMITS[1:], "song": [{"calls": 2, "per": "hour", "rolling": True}]}
     offered = {
         name: {"qualities": {"good": ["tiny"], "best": ["large"]}, "limits": limits.get(name, [])} for name in PRICES
     }
@@ -146,12 +148,18 @@ def team(ledger: Ledger) -> list[str]:
 
 def question(random: Random) -> dict[str, Any]:
     """What a use is asked for, mostly what the plan has."""
-    counts = {"unit_counts": Jsonb({"tokens": random.choice((1, 20)), "answers": 2})}
+    counted = random.choice(
+        ({}, {"seconds": 2}, {"tokens": 1.50}, {"tokens": "1"}, {"tokens": 1e-7}, {"answers": 0}, [{"tokens": 1}])
+    )
+    several = {"tokens": random.choice((1, 20)), "answers": 2}
+    counts = {"unit_counts": Jsonb(random.choice((several, several, several, counted)))}
     return {
-        "capability": random.choice((*PRICES, "words", "words", "song", "other")),
+        "capability": random.choice((*PRICES, "words", "words", "chat", "song", "other")),
         "units": random.choice((1, 1, 10, 10, 100, Decimal("250.50"), None, None, 0, 2000, Decimal("0.0000001"))),
         **random.choice(({}, {}, {"quality": "good"}, {"quality": "best", "model": "large"}, {"model": "tiny"})),
-        **random.choice(({}, {}, {}, {"member_id": random.choice(("m1", "m2"))}, {**counts, "units": None})),
+        **random.choice(
+            ({}, {}, {}, {"member_id": random.choice(("m1", "m2"))}, {**counts, "units": None}, random.choice(({}, counts)))
+        ),
     }
 
 
