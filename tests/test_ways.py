@@ -153,13 +153,12 @@ def question(random: Random) -> dict[str, Any]:
     )
     several = {"tokens": random.choice((1, 20)), "answers": 2}
     counts = {"unit_counts": Jsonb(random.choice((several, several, several, counted)))}
+    both = random.choice(({}, counts))
     return {
         "capability": random.choice((*PRICES, "words", "words", "chat", "song", "other")),
         "units": random.choice((1, 1, 10, 10, 100, Decimal("250.50"), None, None, 0, 2000, Decimal("0.0000001"))),
         **random.choice(({}, {}, {"quality": "good"}, {"quality": "best", "model": "large"}, {"model": "tiny"})),
-        **random.choice(
-            ({}, {}, {}, {"member_id": random.choice(("m1", "m2"))}, {**counts, "units": None}, random.choice(({}, counts)))
-        ),
+        **random.choice(({}, {}, {}, {"member_id": random.choice(("m1", "m2"))}, {**counts, "units": None}, both)),
     }
 
 
@@ -214,6 +213,29 @@ def test_the_usual_case_and_the_general_way_write_the_same(conn: Connection[Any]
     (answers, tables), (general_answers, general_tables) = runs
     assert answers == general_answers
     assert tables == general_tables | {name: tables[name] for name in WRITTEN_BY_THE_CLOCK}
+
+
+def test_uses_of_any_price_that_limits_leave_go_the_usual_way(conn: Connection[Any]) -> None:
+    ledger = Ledger(conn)
+    team(ledger)
+    ledger.open_account("rich", plan="big")
+    ledger.grant(1000, "rich")
+    ledger.change("drop function credits._lock_account")  # with which each general way begins
+    several = {"unit_counts": Jsonb({"tokens": 20, "answers": 2})}
+    seconds = {"unit_counts": Jsonb({"seconds": 2.50})}
+    tokens = {"units": Decimal("20.50")}
+    told: dict[str, dict[str, Any]] = {
+        "words": tokens,
+        "chat": several,
+        "talk": seconds,
+        "film": tokens,
+        "image": tokens,
+    }
+    charged = {}
+    for name, how in told.items():
+        ledger.authorize_usage("rich", capability=name, usage_id=name, **how)
+        charged[name] = ledger.settle_usage("rich", name, **how).charged
+    assert charged == {"words": Decimal("0.205"), "chat": 4, "talk": 4, "film": Decimal("4.55"), "image": 3}
 
 
 def leave_alone(ledger: Ledger, random: Random) -> None:
