@@ -2,9 +2,6 @@
 -- the end of 44_access.sql, when all that they are made of is there). They only answer check_access() and authorize_usage()
 -- sooner; what is not offered is found the general way.
 
-comment on table credits.offers is
-'What plans offer and at what price, worked out of the catalogue by _work_out_offers(). A shortcut of check_access() and authorize_usage(), which ask what limits leave themselves: what is not here is found the general way.';
-
 -- What a plan offers to a call of one number of units, of several, or none. Part of the plan of whoever calls it.
 drop function if exists credits._offered(text, text, text, text, numeric);
 create or replace function credits._offered(
