@@ -222,6 +222,12 @@ def test_claims_that_do_not_hold(verifier: auth.Verifier, wrong: dict[str, Any])
         assert refused(verifier, f"Bearer {token}".encode()) == (401, code)
 
 
+def test_a_claim_that_is_missing_is_named(verifier: auth.Verifier) -> None:
+    for name in ("exp", "aud", "sub"):
+        with pytest.raises(Refused, match=f"JWT lacks the claim {name}$"):
+            asyncio.run(verifier.caller(asked(f"Bearer {signed(**{name: None})}".encode())))
+
+
 def test_headers_that_are_no_token(verifier: auth.Verifier) -> None:
     good = b"Bearer " + ours().encode()
     assert refused(verifier) == (401, "PGRST302")

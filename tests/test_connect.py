@@ -120,6 +120,11 @@ def test_ties_and_thin_events_are_settled_where_they_came_from(ledger: Ledger) -
     assert ledger.receive_stripe_event("default", json.dumps(thin)).outcome == "ignored"
     assert ledger.receive_stripe_event("shop", json.dumps(thin)).outcome == "applied"
     assert asked(ledger) == [("retrieve", f"/v1/products/prod_{number}", SHOP) for number in (1, 2)]
+    for kind, status in ((GONE, "warn"), (BACK, "ok")):  # what names no object that can be asked for
+        thin |= {"id": f"evt_{kind}", "type": f"v1.{kind}", "related_object": None}
+        assert ledger.receive_stripe_event("shop", json.dumps(thin)).outcome == "applied"
+        assert health(ledger) == status
+    assert news(ledger) == [SHOP]
 
 
 def test_what_an_answer_names_is_where_it_was_asked_for(ledger: Ledger) -> None:
