@@ -207,7 +207,8 @@ language sql
 stable
 as $$
   select coalesce(
-    (select o.ref from credits.stripe_objects o where o.kind = 'payment_method' and o.object_id = _customer_of_card.payment_method),
+    (select o.ref from credits.stripe_objects o
+      where o.kind = 'payment_method' and o.object_id = _customer_of_card.payment_method),
     (select min(c.customer_id) from credits.stripe_customers c
       where c.default_payment_method = _customer_of_card.payment_method))
 $$;

@@ -229,8 +229,9 @@ begin
                  from credits._known_payments(v_object, (_unless_given_back.notice).object_id) k
                 where (_unless_given_back.notice).kind = 'invoice'
                union all
-               select case (_unless_given_back.notice).kind when 'payment_intent' then (credits._shape_intent(v_object)).payment_intent_id
-                      else (credits._shape_session(v_object)).payment_intent_id end
+               select case (_unless_given_back.notice).kind
+                        when 'payment_intent' then (_unless_given_back.notice).object_id
+                        else (credits._shape_session(v_object)).payment_intent_id end
                 where (_unless_given_back.notice).kind in ('checkout.session', 'payment_intent')) p (payment_id)) then
     v_result.status := 'ignored';
     v_result.reason := 'refunded';

@@ -145,8 +145,8 @@ begin
   return v_result;
 end $$;
 
--- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt. What came for an account
--- that is closed is left to a person at once: no account opens again.
+-- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt. What came for an
+-- account that is closed is left to a person at once: no account opens again.
 create or replace function credits._close_event(
   event   credits.stripe_events,
   verdict credits.event_verdict,

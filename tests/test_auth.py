@@ -223,9 +223,10 @@ def test_claims_that_do_not_hold(verifier: auth.Verifier, wrong: dict[str, Any])
 
 
 def test_a_claim_that_is_missing_is_named(verifier: auth.Verifier) -> None:
-    for name in ("exp", "aud", "sub"):
-        with pytest.raises(Refused, match=f"JWT lacks the claim {name}$"):
-            asyncio.run(verifier.caller(asked(f"Bearer {signed(**{name: None})}".encode())))
+    missing: list[dict[str, Any]] = [{"exp": None}, {"aud": None}, {"sub": None}]
+    for wrong in missing:
+        with pytest.raises(Refused, match=f"JWT lacks the claim {min(wrong)}$"):
+            asyncio.run(verifier.caller(asked(f"Bearer {signed(**wrong)}".encode())))
 
 
 def test_headers_that_are_no_token(verifier: auth.Verifier) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 import pytest
@@ -540,17 +540,18 @@ def test_the_door_and_the_command_line(database: Database) -> None:
 def test_before_the_schema_is_there_the_log_says_so_in_one_line(
     empty_database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
+    class Once(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            self.set()
+            return True
+
     async def tick() -> None:
-        database, stop = Pool(empty_database.dsn), asyncio.Event()
+        database = Pool(empty_database.dsn)
         await database.open()
-        ticking = asyncio.create_task(ticker.run(database, stop))
-        while not caplog.messages:
-            await asyncio.sleep(0.01)
-        stop.set()
-        await ticking
+        await ticker.run(database, Once())
         await database.close()
 
-    asyncio.run(asyncio.wait_for(tick(), 30))
+    asyncio.run(tick())
     assert caplog.messages == ["no jobs done: the schema is not there; run: pgcredits migrate"]
 
 

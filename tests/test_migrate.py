@@ -288,7 +288,7 @@ def test_a_connection_that_ends_between_two_files_is_told_so(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrate, "_AS_OWNER", "select pg_terminate_backend(pg_backend_pid())")
-    with pytest.raises(DeployError, match="^the deploy ended early: .*terminating connection"):
+    with pytest.raises(DeployError, match=r"^the deploy ended early: .*terminating connection"):
         migrate.migrate(database.dsn)
 
 
