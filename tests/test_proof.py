@@ -232,8 +232,7 @@ TWO_TOP_UPS = """
   drop index credits.top_ups_one_open;
   insert into credits.top_ups (account_id, top_up_id, purchase_id, available, customer_id, payment_method, created_at)
   select 'alpha', n, n, 0, 'cus_1', 'pm_1', now() from generate_series(1, 2) n"""
-OFFER = """
-  insert into credits.offers values ('free', 'outline', '', '', 'free', null, null, 1, null, 1, 'infinity')"""
+OFFER = "update credits.offers set flat = 2 where plan = 'free' and capability = 'outline'"
 KEY_TWICE = """
   alter table credits.entries drop constraint entries_one_per_key;
   update credits.entries set key = 'm1' where account_id = 'alpha' and key = 'm2'"""
