@@ -36,7 +36,7 @@ EXPLAINED: dict[type[Exception], str] = {
     jwt.ExpiredSignatureError: "JWT expired",
     jwt.ImmatureSignatureError: "JWT not yet valid",
     jwt.InvalidAudienceError: "JWT not in audience",
-    jwt.MissingRequiredClaimError: "JWT lacks a claim that is required",
+    jwt.MissingRequiredClaimError: "JWT lacks the claim {claim}",
     jwt.InvalidIssuerError: "JWT of another issuer",
     InvalidSubjectError: "JWT subject is no text",
     jwt.InvalidIssuedAtError: "JWT time of issue is no number",
@@ -106,7 +106,7 @@ class Verifier:
         except IssuerDown as error:
             raise not_now("issuer_down", "The keys of the token's issuer cannot be had. Try again.") from error
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
-            said = EXPLAINED.get(type(error))
+            said = EXPLAINED.get(type(error), "").format_map(vars(error))
             raise _unauthenticated(
                 "PGRST303" if said else "PGRST301", said or "JWT cannot be verified", bad=True
             ) from error

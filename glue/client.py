@@ -34,6 +34,7 @@ SETTLE_WAIT = 5  # seconds that a settle goes on after its task is cancelled: th
 LOCK_WAIT = "3s"  # there, for the account: the body's own open transaction may hold it, and waits for us
 
 _SET_LOCK_WAIT = "select set_config('lock_timeout', %s, true)"
+_busy: dict[int, object] = {}  # connections, by id, that are in a call
 _loads = partial(json.loads, parse_float=Decimal)
 
 log = logging.getLogger("pgcredits.client")
@@ -479,9 +480,23 @@ async def _to_its_end(work: Coroutine[Any, Any, None], patience: float | None = 
     return cancelled
 
 
+@contextmanager
+def _alone(conn: object) -> Iterator[None]:
+    """Refuse a second call on a connection while one is under way: each would end the transaction of the other."""
+    mark = object()
+    if _busy.setdefault(id(conn), mark) is not mark:
+        raise psycopg.errors.ActiveSqlTransaction(
+            "another thread or task uses this connection at the moment: give each one of its own, or a pool"
+        )
+    try:
+        yield
+    finally:
+        del _busy[id(conn)]
+
+
 def _call(conn: Connection[Any], function: str, arguments: dict[str, Any], lock_wait: str = "") -> Row:
     query, parameters = statement(function, arguments)
-    with ours(), conn.transaction(), Cursor(conn, row_factory=dict_row) as cursor:
+    with ours(), _alone(conn), conn.transaction(), Cursor(conn, row_factory=dict_row) as cursor:
         set_json_loads(_loads, cursor)
         if lock_wait:
             cursor.execute(_SET_LOCK_WAIT, [lock_wait])
@@ -491,7 +506,7 @@ def _call(conn: Connection[Any], function: str, arguments: dict[str, Any], lock_
 
 async def _call_async(conn: AsyncConnection[Any], function: str, arguments: dict[str, Any], lock_wait: str = "") -> Row:
     query, parameters = statement(function, arguments)
-    with ours():
+    with ours(), _alone(conn):
         async with conn.transaction(), AsyncCursor(conn, row_factory=dict_row) as cursor:
             set_json_loads(_loads, cursor)
             if lock_wait:

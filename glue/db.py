@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from typing import Any
 
+import psycopg
 from psycopg import AsyncConnection, Connection, sql
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb, set_json_loads
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
 Row = dict[str, Any]
 SCHEMA = "credits"
@@ -90,6 +91,14 @@ class Database:
         if row and not row["allowed"]:
             return "this login may not use the schema credits; see PGCREDITS_ROLE"
         return None if row and row["installed"] else "the schema is not there; run: pgcredits migrate"
+
+    async def explain(self, error: Exception) -> str:
+        """What an error of call means, in one line: what ready says of the schema, or else its own words."""
+        if isinstance(error, psycopg.ProgrammingError):
+            with suppress(psycopg.Error, PoolTimeout, OSError):
+                if problem := await self.ready():
+                    return problem
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
     @asynccontextmanager
     async def transaction(self, role: str | None = None) -> AsyncIterator[AsyncConnection[DictRow]]:

@@ -166,7 +166,10 @@ def _deploying(dsn: str) -> Iterator[Connection[TupleRow]]:
         if conn.info.server_version < _OLDEST_SERVER:
             raise DeployError(f"PostgreSQL 15 or newer is needed, this is {conn.info.server_version // 10000}")
         _run(conn, f"begin; {_BEGIN}", "the beginning of the deploy")
-        yield conn
+        try:
+            yield conn
+        except psycopg.Error as error:  # between the files
+            raise DeployError(f"the deploy ended early: {' '.join(str(error).split())}") from error
         _run(conn, "commit", "commit")
 
 

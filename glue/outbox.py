@@ -80,7 +80,7 @@ async def claim(database: Database, function: str, *, must: bool, **arguments: A
     except (psycopg.Error, PoolTimeout, OSError) as error:
         if must:
             raise
-        log.warning("nothing claimed: %s: %s", type(error).__name__, error)
+        log.warning("nothing claimed: %s", await database.explain(error))
         return None
 
 

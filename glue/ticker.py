@@ -39,7 +39,7 @@ async def run(database: Database, stop: asyncio.Event) -> None:
         try:
             await work(database, stop)
         except (psycopg.Error, PoolTimeout, OSError) as error:
-            log.warning("no jobs done: %s: %s", type(error).__name__, error)
+            log.warning("no jobs done: %s", await database.explain(error))
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), POLL)
 

@@ -46,6 +46,11 @@ as $$
 declare
   v_ids text[] := credits._stripe_ids(_erase_stripe.account_id);
 begin
+  v_ids := v_ids || array(  -- what came too late for the account has bound no customer, and paid for nothing
+    select n.object_id
+      from credits.stripe_events e, credits._shape_homes((credits._shape_notice(e)).object, null) n
+     where (credits._is_of_closed(e.error) or e.reason = 'refunded') and e.payload is not null
+       and n.kind not in ('price', 'product') and credits._mentions(e.payload, v_ids, _erase_stripe.account_id));
   v_ids := v_ids || array(  -- refunds and disputes name the payment or the charge alone
     select o.object_id
       from credits.stripe_objects o
@@ -60,11 +65,16 @@ begin
   update credits.stripe_gaps g
      set object = credits._bare(g.object)
    where credits._mentions(g.object::text, v_ids, _erase_stripe.account_id) and g.object <> credits._bare(g.object);
+  update credits.stripe_events e  -- money to be given back stays to be seen
+     set payload = credits._bare(credits._read_payload(e.payload))::text
+   where e.status = 'failed' and credits._is_of_closed(e.error)
+     and credits._mentions(e.payload, v_ids, _erase_stripe.account_id);
   update credits.stripe_events e
      set payload = null, archived_at = credits.now(), effects = null, error = null, next_attempt_at = null, waits_for = null,
          reason = case when e.status in ('applied', 'ignored') then e.reason else 'erased' end,
          status = case when e.status in ('applied', 'ignored') then e.status else 'ignored' end
-   where e.payload is not null and credits._mentions(e.payload, v_ids, _erase_stripe.account_id);
+   where e.payload is not null and not (e.status = 'failed' and credits._is_of_closed(e.error))
+     and credits._mentions(e.payload, v_ids, _erase_stripe.account_id);
   get diagnostics events = row_count;
   update credits.stripe_requests r
      set response = null

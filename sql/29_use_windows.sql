@@ -28,7 +28,7 @@ begin
            credits = excluded.credits + case when w.window_start = excluded.window_start then w.credits else 0 end
      where w.window_start <= excluded.window_start
   )
-  select array_agg(n.capability || '/' || n.period) into v_into
+  select coalesce(array_agg(n.capability || '/' || n.period), '{}') into v_into
     from unnest(v_windows) n;
   if v_use.limits @> '[{"rolling": true}]' then
     v_into := v_into || credits._admit(v_use, _count_use.at);

@@ -22,6 +22,7 @@ returns credits.reserve_result
 language plpgsql
 as $$
 declare
+  v_ttl    interval := credits._exact(_hold.ttl);
   v_grants bigint[];
   v_at     timestamptz;
   v_result credits.reserve_result;
@@ -38,12 +39,12 @@ begin
     return null;
   end if;
   update credits.balances b
-     set held = b.held + _hold.amount, next_due_at = least(b.next_due_at, v_at + _hold.ttl)
+     set held = b.held + _hold.amount, next_due_at = least(b.next_due_at, v_at + v_ttl)
    where b.account_id = _hold.account_id and b.ctid = _hold.place;
   insert into credits.reservations as r (account_id, reservation_id, requested, amount, available_after, ttl, created_at,
     expires_at, grant_ids, grant_amounts, counted, description, subject, member_id, capability, metadata)
-  values (_hold.account_id, _hold.reservation_id, _hold.amount, _hold.amount, _hold.free, _hold.ttl, v_at,
-    v_at + _hold.ttl, v_grants, array[_hold.amount], _hold.usage, _hold.description, _hold.subject, _hold.member_id,
+  values (_hold.account_id, _hold.reservation_id, _hold.amount, _hold.amount, _hold.free, v_ttl, v_at,
+    v_at + v_ttl, v_grants, array[_hold.amount], _hold.usage, _hold.description, _hold.subject, _hold.member_id,
     _hold.capability, coalesce(_hold.metadata, '{}'))
   returning r.reservation_id, r.account_id, r.amount, r.expires_at, r.available_after, false
     into v_result;

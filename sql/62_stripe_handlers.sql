@@ -207,7 +207,8 @@ language sql
 stable
 as $$
   select coalesce(
-    (select o.ref from credits.stripe_objects o where o.kind = 'payment_method' and o.object_id = _customer_of_card.payment_method),
+    (select o.ref from credits.stripe_objects o
+      where o.kind = 'payment_method' and o.object_id = _customer_of_card.payment_method),
     (select min(c.customer_id) from credits.stripe_customers c
       where c.default_payment_method = _customer_of_card.payment_method))
 $$;
@@ -256,7 +257,7 @@ begin
   return credits._applied();
 end $$;
 
--- Some names tell what the object does not show: then the answer speaks under that name.
+-- Some names tell what the object does not show: then the answer speaks under that name. Those of Connect tell of the account.
 create or replace function credits._on_thin_event(notice credits.stripe_notice)
 returns credits.handler_result
 language plpgsql
@@ -268,8 +269,13 @@ begin
     from credits.stripe_events e
    where e.event_id = (_on_thin_event.notice).event_id
      and e.type in ('v1.checkout.session.async_payment_failed', 'v1.invoice.payment_failed', 'v1.invoice.payment_action_required',
-                    'v1.invoice.finalization_failed', 'v1.invoice.overdue');
-  if credits._request_object((_on_thin_event.notice).kind, (_on_thin_event.notice).object_id, told => v_told) is null then
+                    'v1.invoice.finalization_failed', 'v1.invoice.overdue', 'v1.account.application.authorized',
+                    'v1.account.application.deauthorized');
+  if v_told = 'account.application.authorized' then
+    return credits._on_authorized(_on_thin_event.notice);
+  elsif v_told = 'account.application.deauthorized' then
+    return credits._on_deauthorized(_on_thin_event.notice);
+  elsif credits._request_object((_on_thin_event.notice).kind, (_on_thin_event.notice).object_id, told => v_told) is null then
     return credits._ignored('type_not_handled');
   end if;
   return credits._applied(null, 'retrieve_queued');

@@ -259,7 +259,8 @@ create or replace function credits._request_object(
 returns bigint
 language sql
 as $$
-  select credits._request('retrieve', concat_ws(':', _request_object.kind, _request_object.object_id, _request_object.told), 'get',
+  select credits._request('retrieve',
+                          concat_ws(':', _request_object.kind, _request_object.object_id, _request_object.told), 'get',
                           replace(p.path, '*', _request_object.object_id),
                           case when p.list then '{"limit": 100}'
                                when _request_object.kind = 'invoice_payments' then jsonb_build_object('limit', 100, 'payment',

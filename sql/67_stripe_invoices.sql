@@ -49,6 +49,7 @@ begin
     from credits.stripe_facts f
    where f.kind = 'invoice' and f.ref = v_payment.invoice_id;
   if v_account is null or v_payment.captured is null then
+    perform credits._judge_closed(v_payment.invoice_id);
     return credits._mirrored(v_current);
   end if;
   perform credits._touch_payment(v_payment_id)

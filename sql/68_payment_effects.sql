@@ -196,3 +196,59 @@ as $$
   select credits._firm_share(t) >= 1
     from credits._payment_totals('invoice', _is_refunded.invoice_id) t
 $$;
+
+-- Accounts that are closed -------------------------------------------------------------------------------------------
+
+-- Whether an event failed because of that: its money is to be given back, and stays to be seen until it is.
+create or replace function credits._is_of_closed(error text)
+returns boolean
+language sql
+immutable
+as $$
+  select coalesce(_is_of_closed.error = 'PT423 account_closed', false)
+$$;
+
+-- Without a charge that was refunded in full, for each payment that is known, the verdict stands.
+create or replace function credits._unless_given_back(
+  notice  credits.stripe_notice,
+  verdict credits.event_verdict
+)
+returns credits.event_verdict
+language plpgsql
+stable
+as $$
+declare
+  v_object jsonb := (_unless_given_back.notice).object;
+  v_result credits.event_verdict := _unless_given_back.verdict;
+begin
+  if credits._is_of_closed(v_result.error) and (
+       select bool_and(exists (
+                select from credits.stripe_objects o, credits._shape_charge(o.snapshot) c
+                 where o.kind = 'charge' and o.ref = p.payment_id and c.captured > 0 and c.refunded >= c.captured))
+         from (select coalesce(k.payment_intent_id, k.charge_id)
+                 from credits._known_payments(v_object, (_unless_given_back.notice).object_id) k
+                where (_unless_given_back.notice).kind = 'invoice'
+               union all
+               select case (_unless_given_back.notice).kind
+                        when 'payment_intent' then (_unless_given_back.notice).object_id
+                        else (credits._shape_session(v_object)).payment_intent_id end
+                where (_unless_given_back.notice).kind in ('checkout.session', 'payment_intent')) p (payment_id)) then
+    v_result.status := 'ignored';
+    v_result.reason := 'refunded';
+    v_result.error  := null;
+  end if;
+  return v_result;
+end $$;
+
+-- Something became known of a payment or an invoice that such an event names: it is judged anew.
+create or replace function credits._judge_closed(object_id text)
+returns void
+language sql
+as $$
+  select credits._make_due(array(
+    select e.event_id
+      from credits.stripe_events e
+     where e.status = 'failed' and e.next_attempt_at is null and credits._is_of_closed(e.error)
+       and credits._mentions(e.payload, array[_judge_closed.object_id], null)
+       for no key update skip locked))
+$$;

@@ -204,6 +204,7 @@ begin
     return null;
   end if;
   v_payment := credits._touch_payment(_payment_changed.payment_id);
+  perform credits._judge_closed(_payment_changed.payment_id) where _payment_changed.claims;
   if v_payment.source_kind is null then
     perform credits._request_object('invoice_payments', _payment_changed.payment_id)
       where _payment_changed.claims and not exists (  -- Stripe lists them by payment intent alone

@@ -33,7 +33,7 @@ begin
       v_result.status := 'ignored';
       v_result.reason := 'account_mismatch';
     else
-      v_result := credits._try(v_notice, v_result.shadow);
+      v_result := credits._unless_given_back(v_notice, credits._try(v_notice, v_result.shadow));
     end if;
   end if;
   perform credits._close_event(v_event, v_result, case when _apply_stripe_event.woken then 0 else 1 end);
@@ -145,8 +145,8 @@ begin
   return v_result;
 end $$;
 
--- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt. What came for an account
--- that is closed is left to a person at once: no account opens again.
+-- An event that met others at work is no worse for it: it is tried again at once, and that is no attempt. What came for an
+-- account that is closed is left to a person at once: no account opens again.
 create or replace function credits._close_event(
   event   credits.stripe_events,
   verdict credits.event_verdict,
@@ -160,7 +160,7 @@ declare
   v_attempts integer := (_close_event.event).attempts + case when v_result.busy then 0 else _close_event.counts end;
   v_open     boolean := v_result.status in ('parked', 'failed');
   v_dead     boolean := v_open and (v_attempts >= (credits._setting('stripe_event_max_attempts'))::integer
-                                    or coalesce(v_result.error = 'PT423 account_closed', false));
+                                    or credits._is_of_closed(v_result.error));
   v_wait     interval := least(interval '1 minute' * 2 ^ least(greatest(v_attempts - 1, 0), 16),
                                (credits._setting('stripe_event_max_wait') #>> '{}')::interval);
 begin

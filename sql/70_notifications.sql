@@ -234,10 +234,10 @@ as $$
     from credits.notification_kinds k
     join credits.accounts a on a.account_id = (_targets.notification).account_id
    where k.kind = (_targets.notification).type and k.audience = 'customer' and a.email <> ''
-     and (credits._setting('customer_email') = 'true' or credits._setting('customer_email') ? k.kind)
+     and credits._is_mailed('customer', k.kind)
   union all
   select 'email', 'operator'
-   where credits._setting('operator_email') #>> '{}' <> ''
+   where credits._is_mailed('operator', (_targets.notification).type)
      and coalesce((select k.audience from credits.notification_kinds k where k.kind = (_targets.notification).type),
                   'operator') = 'operator'
 $$;

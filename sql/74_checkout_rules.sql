@@ -2,7 +2,8 @@
 -- Amounts are integers and references ids, so that nothing in the parameters depends on how a client writes numbers.
 
 insert into credits.settings as s (name, value, summary) values
-  ('checkouts_per_hour', '100', 'How many sessions of Checkout and of the customer portal one account may ask for within an hour.'),
+  ('checkouts_per_hour', '100',
+   'How many sessions of Checkout and of the customer portal one account may ask for within an hour.'),
   ('allowed_redirect_urls', '["http://localhost:*", "http://127.0.0.1:*"]',
    'Where Stripe may send people back to: a list of origins, or of addresses whose beginning it is. A port * is any.')
 on conflict (name) do update set summary = excluded.summary;

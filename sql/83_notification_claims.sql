@@ -22,7 +22,7 @@ begin
                                            claim_notifications.channels)
   loop
     v_message := credits._compose(v_delivery);
-    if v_message.address is null and v_message.channel = 'webhook' then  -- its endpoint is gone, or hears of other things now
+    if v_message.delivery_id is null then
       delete from credits.notification_deliveries d where d.delivery_id = v_delivery.delivery_id;
     elsif v_message.address is null then
       perform credits._close_delivery(v_delivery, 'dead', null, 'There is no address to send it to.');

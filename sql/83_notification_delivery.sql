@@ -71,15 +71,14 @@ begin
       from credits.notification_deliveries d
      where d.notification_id = v_told.notification_id
        and (replay_notification.target is null or d.target = replay_notification.target)
-       and (d.channel = 'email' or d.target in (select e.name from credits.notification_endpoints e
-                                                 where credits._hears(e, v_told)))
+       and credits._is_heard(d, v_told)
      order by d.delivery_id;
 end $$;
 comment on function credits.replay_notification(bigint, text) is
 'Sends a notification again, whatever became of it, to all who are to hear of it now.
 
-Those are the endpoints as they are now, and by e-mail also who was to hear of it before. target limits it to one endpoint,
-or to customer or operator, who get e-mails. What is on its way already stays so. The message id is that of the first time, so
+Those are the endpoints and the settings of e-mails as they are now. target limits it to one endpoint, or to customer or
+operator, who get e-mails. What is on its way already stays so. The message id is that of the first time, so
 a receiver that remembers ids sees that it is the same.
 Errors: 404 notification_not_found.';
 

@@ -41,7 +41,8 @@ with listed (kind, subject, body) as (values
 )
 delete from credits.notification_texts t where t.kind not in (select l.kind from listed l);
 
--- All that a worker needs to send it. Without an address it cannot be sent.
+-- All that a worker needs to send it, or null: its endpoint is gone, or its target hears of other things now. Without an address
+-- it cannot be sent.
 create or replace function credits._compose(delivery credits.notification_deliveries)
 returns credits.claimed_delivery
 language plpgsql
@@ -53,6 +54,9 @@ declare
   v_message  credits.claimed_delivery;
 begin
   select n.* into v_told from credits.notifications n where n.notification_id = v_delivery.notification_id;
+  if not credits._is_heard(v_delivery, v_told) then
+    return null;
+  end if;
   v_message.delivery_id  := v_delivery.delivery_id;
   v_message.attempt      := v_delivery.attempts;
   v_message.channel      := v_delivery.channel;
@@ -60,9 +64,7 @@ begin
   v_message.locked_until := v_delivery.locked_until;
   v_message.message_id   := credits._message_id(v_told.notification_id);
   if v_delivery.channel = 'webhook' then
-    select e.url into v_message.address
-      from credits.notification_endpoints e
-     where e.name = v_delivery.target and credits._hears(e, v_told);
+    select e.url into v_message.address from credits.notification_endpoints e where e.name = v_delivery.target;
     v_message.body := credits._webhook_body(v_told);
   else
     v_message.address := credits._mail_address(v_told.account_id, v_delivery.target);
@@ -89,6 +91,36 @@ as $$
            'type', n.type, 'timestamp', to_char(n.created_at at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
            'id', credits._message_id(n.notification_id), 'account_id', n.account_id, 'key', n.key, 'data', n.data)::text
     from (select (_webhook_body.notification).*) n
+$$;
+
+-- As its target is now: asked before each time it is sent, and when it is replayed.
+create or replace function credits._is_heard(
+  delivery     credits.notification_deliveries,
+  notification credits.notifications
+)
+returns boolean
+language sql
+stable
+as $$
+  select case (_is_heard.delivery).channel
+    when 'email' then credits._is_mailed((_is_heard.delivery).target, (_is_heard.notification).type)
+    else exists (select from credits.notification_endpoints e
+                  where e.name = (_is_heard.delivery).target and credits._hears(e, _is_heard.notification)) end
+$$;
+
+-- Whether there are e-mails of a kind.
+create or replace function credits._is_mailed(
+  target text,
+  kind   text
+)
+returns boolean
+language sql
+stable
+as $$
+  select case _is_mailed.target
+    when 'customer' then s.customer = 'true' or s.customer ? _is_mailed.kind
+    else s.operator <> '""' end
+    from (select credits._setting('customer_email') as customer, credits._setting('operator_email') as operator) s
 $$;
 
 create or replace function credits._mail_address(

@@ -222,6 +222,13 @@ def test_claims_that_do_not_hold(verifier: auth.Verifier, wrong: dict[str, Any])
         assert refused(verifier, f"Bearer {token}".encode()) == (401, code)
 
 
+def test_a_claim_that_is_missing_is_named(verifier: auth.Verifier) -> None:
+    missing: list[dict[str, Any]] = [{"exp": None}, {"aud": None}, {"sub": None}]
+    for wrong in missing:
+        with pytest.raises(Refused, match=f"JWT lacks the claim {min(wrong)}$"):
+            asyncio.run(verifier.caller(asked(f"Bearer {signed(**wrong)}".encode())))
+
+
 def test_headers_that_are_no_token(verifier: auth.Verifier) -> None:
     good = b"Bearer " + ours().encode()
     assert refused(verifier) == (401, "PGRST302")

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
@@ -172,6 +173,27 @@ def test_what_was_used_is_charged(given: Connection[Any], shop: Ledger) -> None:
         assert u.settled is settled
     assert shop.sums() == (400, 0, 400, 0)
     assert [(row.kind, row.subject) for row in shop.history("alpha", max_rows=1)] == [("settle", "book:42")]
+
+
+def test_two_threads_at_once_on_one_connection_are_told_so(
+    plain: Connection[Any], shop: Ledger, market: Database
+) -> None:
+    waiting = "select 1 from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pgcredits.usage(plain, "alpha", "chapter", 1200) as u,
+        pgcredits.usage(plain, "alpha", "chapter", 1200) as v,
+    ):
+        with locked(market):
+            settling = pool.submit(u.settle, 1000)
+            with market.admin() as admin:
+                until(lambda: admin.execute(waiting).fetchone())
+            with pytest.raises(psycopg.errors.ActiveSqlTransaction, match="another thread"):
+                v.settle(500)
+        assert settling.result().charged == 100
+        assert plain.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        assert v.settle(500).charged == 50
+    assert shop.sums() == (350, 0, 350, 0)
 
 
 @pytest.mark.parametrize("end", ["commit", "roll back"])

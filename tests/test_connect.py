@@ -113,13 +113,18 @@ def test_what_an_event_lacks_is_asked_for_where_it_came_from(ledger: Ledger, wha
 def test_ties_and_thin_events_are_settled_where_they_came_from(ledger: Ledger) -> None:
     for name in ("One", "Two"):
         tell(ledger, "product.updated", {"id": "prod_1", "object": "product", "name": name})
-    thin = {
+    thin: Json = {
         "id": "evt_1", "object": "v2.core.event", "type": "v1.product.updated", "created": "2030-01-31T12:00:00.000Z",
         "context": SHOP, "related_object": {"id": "prod_2", "type": "product", "url": "/v1/products/prod_2"},
     }  # fmt: skip
     assert ledger.receive_stripe_event("default", json.dumps(thin)).outcome == "ignored"
     assert ledger.receive_stripe_event("shop", json.dumps(thin)).outcome == "applied"
     assert asked(ledger) == [("retrieve", f"/v1/products/prod_{number}", SHOP) for number in (1, 2)]
+    for kind, status in ((GONE, "warn"), (BACK, "ok")):  # what names no object that can be asked for
+        thin |= {"id": f"evt_{kind}", "type": f"v1.{kind}", "related_object": None}
+        assert ledger.receive_stripe_event("shop", json.dumps(thin)).outcome == "applied"
+        assert health(ledger) == status
+    assert news(ledger) == [SHOP]
 
 
 def test_what_an_answer_names_is_where_it_was_asked_for(ledger: Ledger) -> None:

@@ -175,6 +175,29 @@ def test_credits_that_come_back_later_are_taken_again(ledger: Ledger) -> None:
     assert ledger.erase_account("alpha").forfeited == 2000
 
 
+def test_money_for_a_closed_account_is_seen_until_it_went_back(ledger: Ledger) -> None:
+    world = Telling()
+    world.acting = "alpha"
+    prepare(ledger, "alpha")
+    session = world.buy("alpha")
+    ledger.erase_account("alpha")
+    tell(ledger, world)
+    for amount in (300, None):
+        assert ledger.repeat_erasures() == 1
+        assert traces(ledger, "alpha") == []
+        (left,) = ledger.table("stripe_events", "status = 'failed'")
+        assert (left.object_id, left.error, left.next_attempt_at) == (session, "PT423 account_closed", None)
+        assert {row.name: row.status for row in ledger.health()}["events_given_up"] == "warn"
+        assert ledger.replay_stripe_event(left.event_id).outcome == "failed"
+        world.wait(hours=1)
+        world.refund(session, amount)
+        tell(ledger, world)
+    assert (ledger.event(left.event_id).status, ledger.event(left.event_id).reason) == ("ignored", "refunded")
+    assert ledger.repeat_erasures() == 1
+    assert ledger.event(left.event_id).payload is None
+    assert_sound(ledger)
+
+
 def tell(ledger: Ledger, world: World) -> None:
     """All that has happened has come, and what was asked for is answered."""
     ledger.now = world.moment + DAY

@@ -1,12 +1,13 @@
 """Jobs: what each does, batch by batch; one runner at a time; what fails, and what is killed."""
 
+import asyncio
 import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import psycopg
 import pytest
@@ -17,7 +18,9 @@ from psycopg import Connection
 from servers import Database
 from typer.testing import CliRunner, Result
 
+from pgcredits import ticker
 from pgcredits.cli import cli
+from pgcredits.db import Database as Pool
 from pgcredits.migrate import HOME
 
 JOBS = {
@@ -532,6 +535,24 @@ def test_the_door_and_the_command_line(database: Database) -> None:
         with pytest.raises(psycopg.Error) as caught:
             ledger.conn.execute("select credits.schedule_jobs()")
         assert caught.value.sqlstate == "PT409"
+
+
+def test_before_the_schema_is_there_the_log_says_so_in_one_line(
+    empty_database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Once(asyncio.Event):
+        async def wait(self) -> Literal[True]:
+            self.set()
+            return True
+
+    async def tick() -> None:
+        database = Pool(empty_database.dsn)
+        await database.open()
+        await ticker.run(database, Once())
+        await database.close()
+
+    asyncio.run(tick())
+    assert caplog.messages == ["no jobs done: the schema is not there; run: pgcredits migrate"]
 
 
 def invoke(command: str, database: Database, *arguments: str) -> Result:

@@ -285,6 +285,14 @@ def test_a_database_from_the_future_is_left_alone(database: Database) -> None:
         migrate.rollback(database.dsn)
 
 
+def test_a_connection_that_ends_between_two_files_is_told_so(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrate, "_AS_OWNER", "select pg_terminate_backend(pg_backend_pid())")
+    with pytest.raises(DeployError, match=r"^the deploy ended early: .*terminating connection"):
+        migrate.migrate(database.dsn)
+
+
 @EVERY_VERSION
 def test_back_step_by_step_and_forth_again(database: Database) -> None:
     with database.connect(autocommit=True) as conn:

@@ -218,6 +218,14 @@ def test_e_mail_is_for_whom_it_concerns(ledger: Ledger) -> None:
         numbers[2],
         "There is no address to send it to.",
     )
+    for delivery in sent.values():
+        ledger.complete_notification(delivery.delivery_id, 500 if delivery.target == "operator" else None)
+    setting(ledger, "customer_email", '["refund"]')
+    setting(ledger, "operator_email", '""')
+    ledger.now += HOUR
+    assert ledger.claim_notifications() == []
+    assert [targets(ledger, n) for n in (numbers[0], numbers[6])] == [set(), {"operator"}]  # 5xx of a mail server: dead
+    assert [ledger.replay_notification(n) for n in (numbers[2], numbers[6])] == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -370,6 +370,7 @@ def test_a_day_is_24_hours_in_every_time_zone(ledger: Ledger) -> None:
         assert first.expires_at == saturday + DAY
         assert ledger.extend("alpha", str(saturday), ttl="1 day").expires_at == saturday + DAY
         assert same(first, ledger.reserve("alpha", 5, str(saturday), ttl="24 hours"))
+        assert ledger.reserve("alpha", 5, f"{saturday} short", ttl="1 day -23:50").expires_at == saturday + 10 * MINUTE
 
 
 def test_the_ceiling_is_a_setting(ledger: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -65,5 +66,5 @@ def test_the_command_exits_with_1_when_something_fails(database: Database) -> No
     env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     ill = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=60)
     assert (ill.returncode, ill.stderr) == (1, "")
-    assert ill.stdout.startswith("pgcredits: 18 ok, 0 to look at, 1 failing\n\nFAIL  audit_is_clean ")
+    assert re.match(r"pgcredits: \d\d ok, 0 to look at, 1 failing\n\nFAIL  audit_is_clean ", ill.stdout)
     assert "To do: pgcredits audit" in ill.stdout
