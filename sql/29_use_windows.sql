@@ -12,19 +12,15 @@ returns text[]
 language plpgsql
 as $$
 declare
-  v_use  credits.use := _count_use.use;
-  v_into text[];
+  v_use     credits.use := _count_use.use;
+  v_windows credits.use_window[] := coalesce(v_use.windows, credits._windows_of(v_use, _count_use.at));
+  v_into    text[];
 begin
-  with limited as (
-    select distinct coalesce(l.capability, '') as capability, l.period
-      from credits.plan_limits l
-     where l.plan = v_use.plan and (l.capability is null or l.capability = v_use.capability) and not l.rolling
-  ), counted as (
+  with counted as (
     insert into credits.usage_windows as w (account_id, capability, period, window_start, calls, units, credits)
-    select a.account_id, l.capability, l.period, credits._window(l.period, _count_use.at, a.time_zone), 1,
-           case when l.capability = '' then 0 else v_use.units end, v_use.amount
-      from limited l
-      join credits.accounts a on a.account_id = v_use.account_id
+    select v_use.account_id, n.capability, n.period, n.window_start, 1,
+           case when n.capability = '' then 0 else v_use.units end, v_use.amount
+      from unnest(v_windows) n
     on conflict on constraint usage_windows_pkey do update
        set window_start = excluded.window_start,
            calls   = excluded.calls   + case when w.window_start = excluded.window_start then w.calls   else 0 end,
@@ -32,12 +28,30 @@ begin
            credits = excluded.credits + case when w.window_start = excluded.window_start then w.credits else 0 end
      where w.window_start <= excluded.window_start
   )
-  select coalesce(array_agg(l.capability || '/' || l.period), '{}') into v_into
-    from limited l;
+  select coalesce(array_agg(n.capability || '/' || n.period), '{}') into v_into
+    from unnest(v_windows) n;
   if v_use.limits @> '[{"rolling": true}]' then
     v_into := v_into || credits._admit(v_use, _count_use.at);
   end if;
   return v_into;
+end $$;
+
+create or replace function credits._windows_of(
+  use credits.use,
+  at  timestamptz
+)
+returns credits.use_window[]
+language plpgsql
+stable
+as $$
+begin
+  return (
+    select array_agg(distinct row(coalesce(l.capability, ''), l.period,
+                                  credits._window(l.period, _windows_of.at, a.time_zone))::credits.use_window)
+      from credits.plan_limits l
+      join credits.accounts a on a.account_id = (_windows_of.use).account_id
+     where l.plan = (_windows_of.use).plan and (l.capability is null or l.capability = (_windows_of.use).capability)
+       and not l.rolling);
 end $$;
 
 -- The same in rolling windows.

@@ -111,20 +111,22 @@ create or replace function credits._knows_unit(
 )
 returns boolean
 language sql
-immutable
+stable
 as $$
-  select jsonb_path_exists(_knows_unit.price, '$.lines[*] ? (@.unit == $unit)', jsonb_build_object('unit', _knows_unit.unit))
+  select _knows_unit.price -> 'lines' @> jsonb_build_array(jsonb_build_object('unit', _knows_unit.unit))
 $$;
 
 -- The units that lines count; of flat lines alone, the one they may be told.
 create or replace function credits._units_of(lines jsonb)
 returns text[]
-language sql
+language plpgsql
 immutable
 as $$
-  select coalesce(array_agg(distinct l ->> 'unit') filter (where not l ? 'flat'), array_agg(distinct l ->> 'unit'))
-    from jsonb_array_elements(_units_of.lines) l
-$$;
+begin
+  return (
+    select coalesce(array_agg(distinct l ->> 'unit') filter (where not l ? 'flat'), array_agg(distinct l ->> 'unit'))
+      from jsonb_array_elements(_units_of.lines) l);
+end $$;
 
 -- Capabilities of a document that count another unit than the stored ones, while a price, now or to come, goes on counting the one
 -- before, and no other: nobody could tell it how much was used.

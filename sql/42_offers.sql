@@ -1,17 +1,16 @@
--- Offers: what plans let their accounts use at a simple price, worked out whenever the catalogue changes, and by each deploy (at
+-- Offers: what plans let their accounts use, and at what price, worked out whenever the catalogue changes, and by each deploy (at
 -- the end of 44_access.sql, when all that they are made of is there). They only answer check_access() and authorize_usage()
 -- sooner; what is not offered is found the general way.
 
-comment on table credits.offers is
-'What plans offer at a simple price, worked out of the catalogue by _work_out_offers(). A shortcut of check_access() and authorize_usage(), which ask for limits themselves: what is not here is found the general way.';
-
--- What a plan offers to a call of one number of units, or none. Part of the plan of whoever calls it.
+-- What a plan offers to a call of one number of units, of several, or none. Part of the plan of whoever calls it.
+drop function if exists credits._offered(text, text, text, text, numeric);
 create or replace function credits._offered(
-  plan       text,
-  capability text,
-  quality    text,
-  model      text,
-  units      numeric
+  plan        text,
+  capability  text,
+  quality     text,
+  model       text,
+  units       numeric,
+  unit_counts jsonb
 )
 returns setof credits.offers
 language sql
@@ -22,21 +21,72 @@ as $$
    where o.plan = _offered.plan and o.capability = _offered.capability
      and o.asked_quality = coalesce(_offered.quality, '') and o.asked_model = coalesce(_offered.model, '')
      and (_offered.quality = '' or _offered.model = '') is not true
-     and (o.flat is not null and _offered.units is null or credits._is_amount(_offered.units))
+     and case when _offered.unit_counts is not null then _offered.units is null
+              when _offered.units is not null       then o.unit is not null and credits._is_amount(_offered.units)
+              else o.flat is not null end
      and o.valid_until > credits.now()
 $$;
 
+-- Null where only the price in full says it.
+drop function if exists credits._offered_amount(credits.offers, numeric);
 create or replace function credits._offered_amount(
-  offer credits.offers,
-  units numeric
+  offer       credits.offers,
+  units       numeric,
+  unit_counts jsonb
 )
 returns numeric
 language sql
 immutable
 as $$
-  select coalesce((_offered_amount.offer).flat,
-                  trim_scale(round((_offered_amount.offer).unit_price * _offered_amount.units, 6)))
+  select case when _offered_amount.unit_counts is null
+              then coalesce((_offered_amount.offer).flat,
+                            trim_scale(round((_offered_amount.offer).unit_price * _offered_amount.units, 6))) end
 $$;
+
+-- A use of an offer by its price in full. Without an amount, since the counts are not plain, it goes the general way.
+create or replace function credits._price_offered(
+  use         credits.use,
+  unit_counts jsonb
+)
+returns credits.use
+language plpgsql
+stable
+as $$
+declare
+  v_use credits.use := _price_offered.use;
+begin
+  if _price_offered.unit_counts is not null then
+    v_use.counts := credits._plain_counts(v_use.price, _price_offered.unit_counts);
+    if v_use.counts is null then
+      return v_use;
+    end if;
+    v_use.units := coalesce((v_use.counts -> v_use.unit)::numeric, 0);
+  end if;
+  v_use.amount    := credits._price_amount(v_use.price, v_use.counts, v_use.quality, v_use.model);
+  v_use.available := trim_scale(v_use.available - v_use.amount);
+  return v_use;
+end $$;
+
+-- What _counts() makes of unit_counts, if there is nothing that it or _check_counts() would refuse. If there is, null.
+create or replace function credits._plain_counts(
+  price       jsonb,
+  unit_counts jsonb
+)
+returns jsonb
+language plpgsql
+stable
+as $$
+begin
+  if jsonb_typeof(_plain_counts.unit_counts) <> 'object' then
+    return null;
+  end if;
+  return (
+    select case when bool_and(n.units is not null) then jsonb_object_agg(e.key, n.units) end
+      from jsonb_each(_plain_counts.unit_counts) e,
+           lateral (select case when jsonb_typeof(e.value) = 'number' and credits._knows_unit(_plain_counts.price, e.key)
+                                then case when credits._is_amount(e.value::numeric)
+                                          then trim_scale(e.value::numeric) end end as units) n);
+end $$;
 
 create or replace function credits._work_out_offers()
 returns void
@@ -56,7 +106,10 @@ as $$
 begin
   return query
     select x.plan, a.capability, a.quality, a.model, a.plan, c.quality, c.model, s.flat, s.unit_price, r.rate_id,
-           credits._rate_until(r, c.quality, c.model, _offers_at.at)
+           credits._rate_until(r, c.quality, c.model, _offers_at.at),
+           exists (select from credits.plan_limits l
+                    where l.plan = a.plan and (l.capability is null or l.capability = a.capability)),
+           case when credits._knows_unit(r.price, a.unit) then a.unit end, r.price
       from credits._askable() a
       join credits.plans p on p.code = a.plan,
            lateral (values (a.plan), (case when p.is_default then '' end)) x (plan),
@@ -67,7 +120,7 @@ begin
                      where a.quality = '' and a.model = '' and not credits._has_qualities(a.plan, a.capability)) c,
            lateral credits._rate(a.capability, c.quality, c.model, _offers_at.at) r,
            lateral credits._simple_price(r.price, c.quality, c.model, a.unit) s
-     where x.plan is not null and num_nonnulls(s.flat, s.unit_price) = 1;
+     where x.plan is not null and r.rate_id is not null;
 end $$;
 
 -- What can be asked of a plan: each capability, with or without each quality and model that it has.

@@ -21,16 +21,15 @@ declare
   v_result credits.access_result;
 begin
   -- Mostly one row of the account and one of the catalogue say it all; whatever else there is goes the general way.
-  select b.account_id, not exists (select from credits.plan_limits l
-                                    where l.plan = o.offered_by and (l.capability is null or l.capability = o.capability)),
-         null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
+  select b.account_id, not o.limited, null, null::integer, null, o.capability, o.quality, o.model, o.offered_by, x.amount,
          trim_scale(b.balance - b.held), o.rate_id, null::jsonb, null::jsonb
     into v_result
     from credits.balances b
-   cross join credits._offered(b.plan, check_access.capability, check_access.quality, check_access.model, check_access.units) o,
-         lateral credits._offered_amount(o, check_access.units) x (amount)
+   cross join credits._offered(b.plan, check_access.capability, check_access.quality, check_access.model, check_access.units,
+                               check_access.unit_counts) o,
+         lateral credits._offered_amount(o, check_access.units, check_access.unit_counts) x (amount)
    where b.account_id = check_access.account_id and b.status = 'active' and credits._is_plain(b)
-     and check_access.member_id is null and check_access.unit_counts is null
+     and check_access.member_id is null
      and b.balance - b.held >= x.amount;
   if not v_result.allowed then
     v_result.limits  := credits._room(v_result.account_id, v_result.plan, v_result.capability,

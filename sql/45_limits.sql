@@ -84,43 +84,6 @@ begin
   return v_use;
 end $$;
 
--- The limits as _ask_limits() shows them, where nothing is due, all windows are of the calendar, none is ahead, and all have room.
-create or replace function credits._room(
-  account_id text,
-  plan       text,
-  capability text,
-  units      numeric,
-  amount     numeric
-)
-returns jsonb
-language plpgsql
-stable
-set plan_cache_mode = force_generic_plan
-as $$
-declare
-  v_now    timestamptz := credits.now();
-  v_limits jsonb;
-  v_room   boolean;
-begin
-  select jsonb_agg(jsonb_build_object(
-           'gate', case l.measure when 'calls' then 'rate_limit' else 'monthly_cap' end, 'capability', l.capability,
-           'measure', l.measure, 'period', l.period, 'rolling', false, 'maximum', l.maximum, 'used', trim_scale(u.used),
-           'left', trim_scale(l.maximum - u.used), 'resets_at', credits._window_end(l.period, v_now, a.time_zone))
-           order by l.measure <> 'calls', l.capability nulls first, l.measure, l.period),
-         bool_and(not l.rolling and (w.window_start > p.since) is not true and u.used + u.weight <= l.maximum)
-    into v_limits, v_room
-    from credits.accounts a
-    join credits.plan_limits l on l.plan = _room.plan and (l.capability is null or l.capability = _room.capability)
-   cross join lateral (select credits._window(l.period, v_now, a.time_zone) as since offset 0) p  -- once, not where it is used
-    left join credits.usage_windows w
-      on w.account_id = _room.account_id and w.capability = coalesce(l.capability, '') and w.period = l.period,
-         lateral (select case when w.window_start is distinct from p.since then 0 when l.measure = 'calls' then w.calls
-                              when l.measure = 'units' then w.units else w.credits end as used,
-                         case l.measure when 'calls' then 1 when 'units' then _room.units else _room.amount end as weight) u
-   where a.account_id = _room.account_id;
-  return case when v_room then v_limits end;
-end $$;
-
 -- What a use adds to a limit.
 create or replace function credits._weight(
   measure text,

@@ -36,7 +36,6 @@ declare
   v_below  numeric;
   v_place  tid;
   v_use    credits.use;
-  v_room   boolean := true;
   v_hold   credits.reserve_result;
 begin
   select b.plan, b.balance - b.held, b.topup_below, b.ctid
@@ -44,30 +43,29 @@ begin
     from credits.balances b
    where b.account_id = authorize_usage.account_id and b.status = 'active' and credits._is_plain(b)
      and credits._is_request(coalesce(authorize_usage.units, 1), authorize_usage.usage_id, authorize_usage.metadata)
-     and authorize_usage.member_id is null and authorize_usage.unit_counts is null
+     and authorize_usage.member_id is null
      and extract(epoch from v_ttl) > 0 and extract(epoch from v_ttl) <= 900
      for no key update;
 
-  -- Mostly the plan offers it at a simple price, and its limits have room.
+  -- Mostly the plan offers it, and its limits have room.
   if found then
-    select authorize_usage.account_id, null, null, o.offered_by, o.capability, c.unit, o.quality, o.model, null,
-           case when n.units is null then '{}' else jsonb_build_object(c.unit, n.units) end, coalesce(n.units, 0), o.rate_id,
-           a.amount, trim_scale(v_free - a.amount),
-           case when exists (select from credits.plan_limits l
-                              where l.plan = o.offered_by and (l.capability is null or l.capability = o.capability))
-                then jsonb '[]' end, null, null::integer, null, null::jsonb
+    select authorize_usage.account_id, null, null, o.offered_by, o.capability, o.unit, o.quality, o.model, null,
+           case when n.units is null then '{}' else jsonb_build_object(o.unit, n.units) end, coalesce(n.units, 0), o.rate_id,
+           a.amount, trim_scale(v_free - coalesce(a.amount, 0)), case when o.limited then jsonb '[]' end,
+           null, null::integer, null, null::jsonb, o.price, null::credits.use_window[]
       into v_use
       from credits._offered(v_plan, authorize_usage.capability, authorize_usage.quality, authorize_usage.model,
-                            authorize_usage.units) o
-      join credits.capabilities c on c.code = o.capability,
-           lateral credits._offered_amount(o, authorize_usage.units) a (amount),
+                            authorize_usage.units, authorize_usage.unit_counts) o,
+           lateral credits._offered_amount(o, authorize_usage.units, authorize_usage.unit_counts) a (amount),
            lateral trim_scale(authorize_usage.units) n (units)
      where coalesce(authorize_usage.rate_id, o.rate_id) = o.rate_id;
-    if v_use.limits is not null then
-      v_use.limits := credits._room(v_use.account_id, v_use.plan, v_use.capability, v_use.units, v_use.amount);
-      v_room       := v_use.limits is not null;
+    if v_use.amount is null and v_use.price is not null then
+      v_use := credits._price_offered(v_use, authorize_usage.unit_counts);
     end if;
-    if v_use.amount > 0 and v_room then
+    if v_use.amount > 0 and v_use.limits is not null then
+      v_use.windows := credits._windows_with_room(v_use, credits.now());
+    end if;
+    if v_use.amount > 0 and (v_use.limits is null or v_use.windows is not null) then
       v_hold := credits._hold(authorize_usage.account_id, v_place, v_use.amount, v_use.available, v_use.available < v_below,
         authorize_usage.usage_id, credits._exact(v_ttl), true, null, authorize_usage.subject, null, v_use.capability,
         authorize_usage.metadata);
@@ -116,6 +114,7 @@ declare
   v_place   tid;
   v_found   record;
   v_usage   credits.usages;
+  v_unit    text;
   v_priced  credits.priced;
   v_settled credits.settle_result;
 begin
@@ -124,23 +123,25 @@ begin
     from credits.balances b
    where b.account_id = settle_usage.account_id and credits._is_plain(b)
      and credits._is_request(coalesce(settle_usage.units, 1), settle_usage.usage_id, settle_usage.metadata)
-     and settle_usage.unit_counts is null
+     and num_nonnulls(settle_usage.units, settle_usage.unit_counts) < 2
      for no key update;
 
-  -- Mostly the price has one line, so that there is no doubt what its units are.
   if found then
     select u as usage, r.price into v_found
       from credits.usages u
       join credits.rates r on r.rate_id = u.rate_id
-     where u.account_id = settle_usage.account_id and u.usage_id = settle_usage.usage_id and u.status = 'open'
-       and (settle_usage.units is null or jsonb_array_length(r.price -> 'lines') = 1);
+     where u.account_id = settle_usage.account_id and u.usage_id = settle_usage.usage_id and u.status = 'open';
     if found then
       v_usage := v_found.usage;
-      if settle_usage.units is not null then
-        v_usage.units  := trim_scale(settle_usage.units);
-        v_usage.counts := jsonb_build_object(v_found.price #>> '{lines,0,unit}', v_usage.units);
+      if num_nonnulls(settle_usage.units, settle_usage.unit_counts) > 0 then
+        v_unit := credits._unit_of_usage(v_usage, v_found.price);
+        v_usage.counts := case when settle_usage.units is null then credits._plain_counts(v_found.price, settle_usage.unit_counts)
+                               else jsonb_build_object(v_unit, trim_scale(settle_usage.units)) end;
+        v_usage.units  := coalesce((v_usage.counts -> v_unit)::numeric, 0);
       end if;
-      v_priced := credits._price(v_found.price, v_usage.counts, v_usage.quality, v_usage.model);
+      if v_usage.counts is not null then
+        v_priced := credits._price(v_found.price, v_usage.counts, v_usage.quality, v_usage.model);
+      end if;
       if v_priced.amount > 0 and (v_balance - v_priced.amount < v_alert) is not true then
         v_settled := credits._charge_hold(settle_usage.account_id, v_place, v_priced.amount,
           trim_scale(v_balance - v_priced.amount), settle_usage.usage_id, settle_usage.on_overage, true, settle_usage.metadata);

@@ -173,12 +173,8 @@ begin
   if num_nonnulls(_announce.units, _announce.unit_counts) = 0 then
     return v_usage;
   end if;
-  v_price := (credits._rate_of(v_usage.rate_id)).price;
-  select c.unit into v_unit from credits.capabilities c where c.code = v_usage.capability;
-  if not credits._knows_unit(v_price, v_unit) then  -- the catalogue has another unit since
-    v_unit := (select min(k) from jsonb_object_keys(nullif(v_usage.counts, '{}')) k having count(*) = 1);
-    v_unit := coalesce(v_unit, (credits._units_of(v_price -> 'lines'))[1]);
-  end if;
+  v_price  := (credits._rate_of(v_usage.rate_id)).price;
+  v_unit   := credits._unit_of_usage(v_usage, v_price);
   v_counts := credits._check_counts(v_price, credits._counts(v_unit, _announce.units, _announce.unit_counts));
   update credits.usages u
      set counts = v_counts,
@@ -186,6 +182,29 @@ begin
    where u.account_id = v_usage.account_id and u.usage_id = v_usage.usage_id
   returning u.* into v_usage;
   return v_usage;
+end $$;
+
+-- What the units of a use are, by its price. Of one line there is no doubt.
+create or replace function credits._unit_of_usage(
+  usage credits.usages,
+  price jsonb
+)
+returns text
+language plpgsql
+stable
+as $$
+declare
+  v_unit text;
+begin
+  if jsonb_array_length(_unit_of_usage.price -> 'lines') = 1 then
+    return _unit_of_usage.price #>> '{lines,0,unit}';
+  end if;
+  select c.unit into v_unit from credits.capabilities c where c.code = (_unit_of_usage.usage).capability;
+  if not credits._knows_unit(_unit_of_usage.price, v_unit) then  -- the catalogue has another unit since
+    v_unit := (select min(k) from jsonb_object_keys(nullif((_unit_of_usage.usage).counts, '{}')) k having count(*) = 1);
+    v_unit := coalesce(v_unit, (credits._units_of(_unit_of_usage.price -> 'lines'))[1]);
+  end if;
+  return v_unit;
 end $$;
 
 drop function if exists credits._close_settled(credits.usages, credits.priced, jsonb, credits.settle_result, numeric);

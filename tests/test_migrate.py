@@ -54,7 +54,8 @@ def test_twice_changes_nothing(empty_database: Database) -> None:
 def test_what_plans_offer_is_what_the_new_version_makes_of_the_catalogue(database: Database) -> None:
     with database.connect("credits_owner") as owner:
         owner.execute(
-            "insert into credits.offers values ('free', 'x', '', '', 'free', null, null, 1, null, 1, 'infinity')"
+            "insert into credits.offers"
+            " values ('free', 'x', '', '', 'free', null, null, 1, null, 1, 'infinity', false, null, '{}')"
         )
     with database.connect(autocommit=True) as conn:
         assert [finding.invariant for finding in Client(conn).audit()] == ["offers_are_what_plans_say"]

@@ -96,13 +96,15 @@ PRICES: dict[str, Any] = {
     "song": 3,
     "image": {"credits": 1, "block": 10},
     "chat": {"lines": [{"unit": "tokens", "credits": 0.1}, {"unit": "answers", "credits": 1}]},
+    "talk": {"lines": [{"flat": 1}, {"unit": "seconds", "credits": 0.5}], "minimum": 4},
+    "film": {"tiers": [{"up_to": 15, "credits": 0.2}, {"credits": 0.1, "flat": 1}], "mode": "graduated", "maximum": 20},
     "free": 0,
 }
 
 
 def catalogue(more: float) -> dict[str, Any]:
     """Prices of all kinds; words are limited, songs in a rolling window, and the small plan as a whole."""
-    limits = {"words": LIMITS, "song": [{"calls": 2, "per": "hour", "rolling": True}]}
+    limits = {"words": LIMITS, "chat": LIMITS[1:], "song": [{"calls": 2, "per": "hour", "rolling": True}]}
     offered = {
         name: {"qualities": {"good": ["tiny"], "best": ["large"]}, "limits": limits.get(name, [])} for name in PRICES
     }
@@ -146,12 +148,17 @@ def team(ledger: Ledger) -> list[str]:
 
 def question(random: Random) -> dict[str, Any]:
     """What a use is asked for, mostly what the plan has."""
-    counts = {"unit_counts": Jsonb({"tokens": random.choice((1, 20)), "answers": 2})}
+    counted = random.choice(
+        ({}, {"seconds": 2}, {"tokens": 1.50}, {"tokens": "1"}, {"tokens": 1e-7}, {"answers": 0}, [{"tokens": 1}])
+    )
+    several = {"tokens": random.choice((1, 20)), "answers": 2}
+    counts = {"unit_counts": Jsonb(random.choice((several, several, several, counted)))}
+    both = random.choice(({}, counts))
     return {
-        "capability": random.choice((*PRICES, "words", "words", "song", "other")),
+        "capability": random.choice((*PRICES, "words", "words", "chat", "song", "other")),
         "units": random.choice((1, 1, 10, 10, 100, Decimal("250.50"), None, None, 0, 2000, Decimal("0.0000001"))),
         **random.choice(({}, {}, {"quality": "good"}, {"quality": "best", "model": "large"}, {"model": "tiny"})),
-        **random.choice(({}, {}, {}, {"member_id": random.choice(("m1", "m2"))}, {**counts, "units": None})),
+        **random.choice(({}, {}, {}, {"member_id": random.choice(("m1", "m2"))}, {**counts, "units": None}, both)),
     }
 
 
@@ -206,6 +213,29 @@ def test_the_usual_case_and_the_general_way_write_the_same(conn: Connection[Any]
     (answers, tables), (general_answers, general_tables) = runs
     assert answers == general_answers
     assert tables == general_tables | {name: tables[name] for name in WRITTEN_BY_THE_CLOCK}
+
+
+def test_uses_of_any_price_that_limits_leave_go_the_usual_way(conn: Connection[Any]) -> None:
+    ledger = Ledger(conn)
+    team(ledger)
+    ledger.open_account("rich", plan="big")
+    ledger.grant(1000, "rich")
+    ledger.change("drop function credits._lock_account")  # with which each general way begins
+    several = {"unit_counts": Jsonb({"tokens": 20, "answers": 2})}
+    seconds = {"unit_counts": Jsonb({"seconds": 2.50})}
+    tokens = {"units": Decimal("20.50")}
+    told: dict[str, dict[str, Any]] = {
+        "words": tokens,
+        "chat": several,
+        "talk": seconds,
+        "film": tokens,
+        "image": tokens,
+    }
+    charged = {}
+    for name, how in told.items():
+        ledger.authorize_usage("rich", capability=name, usage_id=name, **how)
+        charged[name] = ledger.settle_usage("rich", name, **how).charged
+    assert charged == {"words": Decimal("0.205"), "chat": 4, "talk": 4, "film": Decimal("4.55"), "image": 3}
 
 
 def leave_alone(ledger: Ledger, random: Random) -> None:
