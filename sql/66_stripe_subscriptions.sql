@@ -203,7 +203,7 @@ immutable
 as $$
   select case when not _words_with.is_for
               then array(select w from unnest(_words_with.words) w where w > _words_with.at order by w)
-              when _words_with.how = 'asked' and _words_with.words <> '{}'
-                or _words_with.how = 'late' and _words_with.at <= _words_with.against_at then _words_with.words
+              when _words_with.at < _words_with.against_at or _words_with.at = _words_with.against_at and _words_with.how = 'late'
+                or _words_with.how = 'asked' and _words_with.words <> '{}' then _words_with.words
               else array(select distinct w from unnest(_words_with.words || _words_with.at) w order by w) end
 $$;
