@@ -212,12 +212,10 @@ as $$
          s.period_start, s.period_end,
          format('slice:%s:%s', case when starts_with(a.line_id, 'il_') then a.line_id else a.allowance_id end, s.slice)
     from credits.allowances a
-    join credits.subscriptions u on u.account_id = a.account_id and u.subscription_id = a.subscription_id
-    join credits.subscription_states t on t.state = u.state,
+    join credits.subscriptions u on u.account_id = a.account_id and u.subscription_id = a.subscription_id,
          lateral credits._slices(a) s
    where a.account_id = _wanted_of_lines.account_id and a.sliced and a.sign = 1
-     and (t.may_receive and not u.collection_paused
-          or t.terminal and s.period_start <= _wanted_of_lines.at)  -- it had begun before the end, which became known first
+     and s.period_start <= coalesce(u.still_words[1], 'infinity')
      and s.period_start < least(coalesce(u.ended_at, 'infinity'), coalesce(u.cancel_at, 'infinity'))
      and s.slice > 0 and s.period_end > coalesce(_wanted_of_lines.since, _wanted_of_lines.at)
      and (s.period_start <= _wanted_of_lines.at or s.previous_start <= _wanted_of_lines.at)

@@ -21,7 +21,7 @@ begin
       join credits.allowances a on a.account_id = p.account_id and a.allowance_id = p.allowance_id
       left join credits.clawbacks c on c.account_id = p.account_id and c.grant_id = p.grant_id
       left join credits.subscriptions s on s.account_id = p.account_id and s.subscription_id = p.subscription_id,
-           lateral (select case when p.period_start >= s.ended_at or credits._stood_still(s, p.period_start) then 0
+           lateral (select case when p.period_start >= s.ended_at or p.period_start > s.still_words[1] then 0
                                 else credits._slice_credits(a, p.period_start) end as credits,
                            (select sum(h.amount - n.moved)
                               from credits.plan_grants n
@@ -47,22 +47,7 @@ begin
   end loop;
 end $$;
 
--- Whether a subscription of Stripe that stands still did so before a moment, by the last word of it.
-create or replace function credits._stood_still(
-  subscription credits.subscriptions,
-  at           timestamptz
-)
-returns boolean
-language sql
-stable
-as $$
-  select exists (
-    select from credits.subscription_states t
-      join credits.stripe_objects o on o.kind = 'subscription' and o.object_id = (_stood_still.subscription).subscription_id
-     where t.state = (_stood_still.subscription).state and not t.terminal
-       and (not t.may_receive or (_stood_still.subscription).collection_paused)
-       and to_timestamp(o.as_of) < _stood_still.at)
-$$;
+drop function if exists credits._stood_still(credits.subscriptions, timestamptz);
 
 -- The plan of the month that ended at a moment, which says what of it rolls over, whatever plan has come since: of Stripe's
 -- that of the newest line that was paid for it, since what else is known depends on the order of events.

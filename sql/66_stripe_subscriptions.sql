@@ -47,8 +47,10 @@ begin
   v_current := credits._mirror(v_notice, v_shape.customer_id);
   perform credits._lock_account(v_account_id);
   if not v_current then
-    perform credits._note_past_due(v_account_id, v_shape, v_notice.at);
-    perform credits._forget_subscription(v_account_id);
+    perform credits._note_words(v_account_id, v_notice, v_shape)
+       from credits.stripe_objects o  -- of two words of the same second the mirror has taken the other one
+      where o.kind = v_notice.kind and o.object_id = v_notice.object_id and o.as_of > v_notice.at;
+    perform credits._refresh_plan(v_account_id);
     return credits._mirrored(false);
   end if;
   return credits._applied(credits._write_subscription(v_account_id, v_notice, v_shape));
@@ -101,7 +103,7 @@ begin
 
   v_effects := credits._advance(v_sub, credits._state_of(v_shape, v_sub.state), (_write_subscription.notice).event_id,
                                 to_timestamp((_write_subscription.notice).at));
-  perform credits._note_past_due(_write_subscription.account_id, v_shape, (_write_subscription.notice).at);
+  perform credits._note_words(_write_subscription.account_id, _write_subscription.notice, v_shape, true);
   if v_shape.schedule_id is not null or v_sub.pending_plan is not null then
     perform credits._refresh_pending(_write_subscription.account_id, v_shape.subscription_id);
   end if;
@@ -153,33 +155,55 @@ as $$
     else _state_of.state end
 $$;
 
--- Grace counts from the first word of it since the last word of anything else, and each of them may come late.
-create or replace function credits._note_past_due(
+-- Grace counts from the first word of it since the last word of anything else; so does the time in which no month begins, from
+-- the first word that nothing may be received since the last one that it may. Each of them may come late.
+drop function if exists credits._note_past_due(text, credits.subscription_shape, bigint);
+create or replace function credits._note_words(
   account_id text,
+  notice     credits.stripe_notice,
   shape      credits.subscription_shape,
-  at         bigint
+  latest     boolean default false
 )
 returns void
-language plpgsql
+language sql
 as $$
-declare
-  v_at    timestamptz := to_timestamp(_note_past_due.at);
-  v_words timestamptz[];
-  v_well  timestamptz;
-begin
-  select s.past_due_words, s.well_at into v_words, v_well
-    from credits.subscriptions s
-   where s.account_id = _note_past_due.account_id and s.subscription_id = (_note_past_due.shape).subscription_id;
-  if (_note_past_due.shape).status = 'past_due' then
-    v_words := array(select distinct w from unnest(v_words || v_at) w where w > coalesce(v_well, '-infinity') order by w);
-  elsif v_at <= v_well then
-    return;
-  else
-    v_well  := v_at;
-    v_words := array(select w from unnest(v_words) w where w > v_well);
-  end if;
   update credits.subscriptions s
-     set past_due_words = v_words, well_at = v_well,
-         past_due_at = case when s.state = 'past_due' then coalesce(v_words[1], s.past_due_at) end
-   where s.account_id = _note_past_due.account_id and s.subscription_id = (_note_past_due.shape).subscription_id;
-end $$;
+     set past_due_words = w.past_due_words,
+         well_at        = greatest(s.well_at, case when not w.past_due then w.at end),
+         past_due_at    = case when s.state = 'past_due' then coalesce(w.past_due_words[1], s.past_due_at) end,
+         still_words    = w.still_words,
+         receiving_at   = greatest(s.receiving_at, case when not w.still then w.at end)
+    from (select n.*, credits._words_with(o.past_due_words, o.well_at, n.past_due, n.at, n.how) as past_due_words,
+                 credits._words_with(o.still_words, o.receiving_at, n.still, n.at, n.how) as still_words
+            from credits.subscriptions o
+            join credits.subscription_states t on t.state = credits._state_of(_note_words.shape, o.state),
+                 lateral (select to_timestamp((_note_words.notice).at) as at,
+                                 (_note_words.shape).status is not distinct from 'past_due' as past_due,
+                                 not t.may_receive or (_note_words.shape).collection_paused as still,
+                                 case when (_note_words.notice).retrieved then 'asked'
+                                      when _note_words.latest then 'latest' else 'late' end as how) n
+           where o.account_id = _note_words.account_id
+             and o.subscription_id = (_note_words.shape).subscription_id) w
+   where s.account_id = _note_words.account_id and s.subscription_id = (_note_words.shape).subscription_id
+$$;
+
+-- The moments of all words of a kind since the last word against it, with one word more, for it or against it. In the same
+-- second the word against it holds, unless the other one is known to be the latest. What an answer to us repeats is not kept:
+-- there may be one every few minutes.
+create or replace function credits._words_with(
+  words      timestamptz[],
+  against_at timestamptz,
+  is_for     boolean,
+  at         timestamptz,
+  how        text
+)
+returns timestamptz[]
+language sql
+immutable
+as $$
+  select case when not _words_with.is_for
+              then array(select w from unnest(_words_with.words) w where w > _words_with.at order by w)
+              when _words_with.at < _words_with.against_at or _words_with.at = _words_with.against_at and _words_with.how = 'late'
+                or _words_with.how = 'asked' and _words_with.words <> '{}' then _words_with.words
+              else array(select distinct w from unnest(_words_with.words || _words_with.at) w order by w) end
+$$;

@@ -14,7 +14,7 @@ from door import Door
 from ledger_support import DAY, MINUTE, NOON, Ledger, assert_sound, together, undone
 from psycopg import Connection
 from scenarios import STORIES, Outcome, changes, failures, purchases, refunds, subscriptions
-from scenarios.chance import Chance
+from scenarios.chance import Chance, Rests
 from servers import ONE_ENGINE, Database
 from stripe_world import START, Event, Shape, World, prepare, settle, thin
 
@@ -317,7 +317,8 @@ def thinned(events: list[Event], random: Random) -> list[Event]:
 @pytest.mark.parametrize("seed", range(30))
 def test_stories_made_by_chance_end_in_one_state(ledger: Ledger, seed: int) -> None:
     world, random = World(SHAPES[seed % 2]), Random(seed)
-    Chance(world, random).play(steps=12)
+    story, steps = (Rests, 6) if seed % 5 == 4 else (Chance, 12)
+    story(world, random).play(steps)
     expected: State = {}
     for number, order in enumerate(orders(world, random, samples=2)):
         with undone(ledger):

@@ -188,3 +188,19 @@ class Years(Chance):
 
     def wake(self) -> None:
         self.remember(self.world.resume(self.subscription))
+
+
+class Rests(Chance):
+    """A year that rests now and then. Some of what is told of it says nothing new."""
+
+    def pass_time(self) -> None:
+        self.wait(self.random.choice([1, 50, 200, 300, 400]))
+
+    def possible(self) -> list[Callable[[], None]]:
+        return [self.pause_or_resume, self.move, self.move] if self.subscription else [self.subscribe]
+
+    def subscribe(self) -> None:
+        self.subscription = self.world.subscribe("alpha", self.random.choice(["year", "quarter"]))
+
+    def move(self) -> None:
+        self.world.move(self.subscription, self.random.choice(["active", "past_due", "unpaid", "paused"]))

@@ -86,6 +86,21 @@ def collection_still_rests(world: World) -> Outcome:
 
 
 @story
+def a_year_that_rests_in_its_second_month(world: World) -> Outcome:
+    """The month had begun, and stays."""
+    subscription = world.subscribe("alpha", "year")
+    world.wait(days=35)
+    world.pause_collection(subscription)
+    world.wait(days=5)
+    world.move(subscription, "past_due")
+    return Outcome(
+        1000,
+        [over(1000, *FIRST), plan(1000, *SECOND)],
+        subscriptions=[{"state": "past_due", "collection_paused": True}],
+    )
+
+
+@story
 def asleep(world: World) -> Outcome:
     """A paused subscription says so."""
     subscription = world.subscribe("alpha", "basic")
