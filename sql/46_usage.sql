@@ -67,7 +67,7 @@ begin
     end if;
     if v_use.amount > 0 and (v_use.limits is null or v_use.windows is not null) then
       v_hold := credits._hold(authorize_usage.account_id, v_place, v_use.amount, v_use.available, v_use.available < v_below,
-        authorize_usage.usage_id, credits._exact(v_ttl), true, null, authorize_usage.subject, null, v_use.capability,
+        authorize_usage.usage_id, v_ttl, true, null, authorize_usage.subject, null, v_use.capability,
         authorize_usage.metadata);
       if v_hold.reservation_id is not null then
         return credits._open_usage(v_use, v_hold, v_print);
